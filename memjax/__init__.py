@@ -1,0 +1,1 @@
+"""memjax: small memory for LLM inference in JAX."""

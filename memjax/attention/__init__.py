@@ -1,0 +1,1 @@
+"""How a cache is read: rotary embeddings, attention per segment, the merge."""

@@ -1,0 +1,200 @@
+"""Attention over one layer's cache: segment by segment, merged exactly by log-sum-exp."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from memjax._compat import to_device
+from memjax.attention.rope import Rope, apply_rope
+from memjax.cache.layer import LayerCache, Segment, staged_positions
+from memjax.pallas_kernels.flash import attention_xla, merge
+
+FREE = -1  # position of a slot that holds no token
+
+
+def attend(
+    cache: LayerCache, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
+) -> Float[Array, "B T N Hv"]:
+    """What queries read from the cache: everything committed and everything staged that is not in their future.
+
+    Args:
+      q: queries, not yet rotated if ``spec.rope`` is a ``Rope``; N is a multiple of kv_heads.
+      positions: where the queries stand in the text. None: at the staged tokens, or, if nothing is staged, at the last T
+        committed ones.
+
+    Returns:
+      Attention outputs in q's dtype; for a latent stream Hv = latent_dim, else head_dim. NaN in rows that were given more
+      tokens than ``spec.capacity``, so that an overflow inside ``jit`` cannot pass for a result.
+
+    Raises:
+      ValueError: query heads are no multiple of kv_heads, or another head_dim.
+    """
+    spec = cache.spec
+    batch, tokens, heads, dim = q.shape
+    if heads % spec.kv_heads or dim != spec.head_dim:
+        raise ValueError(
+            f"attend needs queries [B, T, N, head_dim={spec.head_dim}] with N a multiple of kv_heads={spec.kv_heads}, "
+            f"got {list(q.shape)}"
+        )
+    if positions is None:
+        positions = staged_positions(cache, tokens) - (0 if cache.staged is not None else tokens)
+    reader = _Reader(cache, q, positions)
+    parts = [reader.recent_part()]
+    if cache.history is not None:
+        parts += reader.history_parts()
+    if reader.sinks_stand_apart:
+        parts.append(reader.sink_part())
+    out, _ = merge([part for part in parts if part is not None])
+    out = out.reshape(batch, heads, tokens, -1).swapaxes(1, 2)
+    return jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out).astype(q.dtype)
+
+
+def _overflowed(cache: LayerCache) -> Array:
+    """Rows in which a committed token found no slot."""
+    if cache.layout.ring:
+        return jnp.zeros_like(cache.length, bool)
+    slots = 0 if cache.history is None else max(cache.history.slots, cache.layout.slots if cache.host else 0)
+    return cache.written > slots
+
+
+class _Reader:
+    """The queries of one call, prepared once, and the attention over each kind of segment."""
+
+    def __init__(self, cache: LayerCache, q: Array, positions: Array):
+        self.cache, self.spec, self.place = cache, cache.spec, cache.layout
+        self.positions = positions
+        self.groups = q.shape[2] // self.spec.kv_heads
+        evictor = cache.policy.evictor
+        self.sinks_stand_apart = False
+        roped = isinstance(self.spec.rope, Rope)
+        self.q = self._rows(self._rotate(q, positions) if roped else q)
+        if roped and self.place.recent is not None and self.place.sinks:
+            moved = evictor.sink_query_positions(positions, self.place.sinks)
+            self.sinks_stand_apart = moved is not positions
+            self.q_sinks = self._rows(self._rotate(q, moved)) if self.sinks_stand_apart else self.q
+
+    def _rotate(self, q: Array, positions: Array) -> Array:
+        return apply_rope(q, positions, self.spec.rope, self.spec.capacity)
+
+    def _rows(self, q: Array) -> Array:
+        """[B, T, N, H] to one row per query of a kv head, [B, K, G * T, H]."""
+        batch, tokens, _, dim = q.shape
+        return q.swapaxes(1, 2).reshape(batch, self.spec.kv_heads, self.groups * tokens, dim)
+
+    def _attend(self, q: Array, segment: Segment, k_pos: Array):
+        coded = self.spec.coded_dim
+        return attention_xla(
+            q[..., :coded],
+            segment.k,
+            segment.v,
+            q_pos=jnp.tile(self.positions, (1, self.groups)),
+            k_pos=k_pos,
+            q_extra=q[..., coded:] if self.spec.extra_dim else None,
+            k_extra=segment.extra,
+            scale=self.spec.attention_scale,
+            softcap=self.spec.softcap,
+            window=self.spec.window,
+            recent=self.place.recent,
+            sinks=self.place.sinks,
+        )
+
+    def recent_part(self):
+        """Sinks, tail and staged tokens: all dense, so one segment (without the sinks if those see other queries)."""
+        cache, dtype = self.cache, self.q.dtype
+        found = []
+        if cache.sinks is not None and not self.sinks_stand_apart:
+            found.append((cache.sinks, _sink_positions(cache)))
+        if cache.tail is not None:
+            found.append((cache.tail, _tail_positions(cache)))
+        if cache.staged is not None:
+            position = _staged_key_positions(cache)
+            if self.sinks_stand_apart:
+                position = jnp.where(position >= self.place.sinks, position, FREE)
+            found.append((cache.staged, position))
+        return self._attend_joined(self.q, found) if found else None
+
+    def sink_part(self):
+        """Sinks under queries that stand elsewhere (positions inside the cache), staged sinks included."""
+        cache, sinks = self.cache, self.place.sinks
+        found = [(cache.sinks, _sink_positions(cache))]
+        if cache.staged is not None:
+            first = jax.tree.map(lambda x: x[:, :, :sinks], cache.staged)
+            position = _staged_key_positions(cache)[:, :sinks]
+            found.append((first, jnp.where(position < sinks, position, FREE)))
+        return self._attend_joined(self.q_sinks, found)
+
+    def _attend_joined(self, q: Array, found: list[tuple[Segment, Array]]):
+        """Dense segments as one."""
+        wide = [jax.tree.map(lambda x: x.astype(q.dtype), segment) for segment, _ in found]
+        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=2), *wide)
+        return self._attend(q, joined, jnp.concatenate([pos for _, pos in found], axis=-1)[:, None])
+
+    def history_parts(self):
+        """The coded history, in the codec's basis, and the older part of it in host memory."""
+        cache, codec, coded = self.cache, self.cache.policy.codec, self.spec.coded_dim
+        q = jnp.concatenate([codec.into_basis(self.q[..., :coded]), self.q[..., coded:]], axis=-1)
+        parts = [self._attend(q, cache.history, history_positions(cache))]
+        if cache.host is not None:
+            parts.append(self._host_part(q))
+        return [(codec.out_of_basis(out), lse) for out, lse in parts]
+
+    def _host_part(self, q: Array):
+        """Streams the host pool page by page; only a page at a time is on the device."""
+        cache, page = self.cache, self.cache.policy.tier.page
+        positions = _host_positions(cache)
+
+        def one_page(i: int | Array):
+            def cut(leaf):
+                return jax.lax.dynamic_slice_in_dim(leaf, i * page, page, axis=2)
+
+            segment = to_device(jax.tree.map(cut, cache.host))
+            return self._attend(q, segment, cut(positions))
+
+        def step(carry, i: Array):
+            return merge([carry, one_page(i)]), None
+
+        pages = cache.host.slots // page
+        return jax.lax.scan(step, one_page(0), jnp.arange(1, pages))[0]
+
+
+def _sink_positions(cache: LayerCache) -> Array:
+    slot = jnp.arange(cache.layout.sinks, dtype=jnp.int32)
+    return jnp.where(slot < cache.length[:, None], slot, FREE)
+
+
+def _tail_positions(cache: LayerCache) -> Array:
+    """Slot j of the tail holds the newest committed position that is j modulo the tail's length."""
+    tail, length = cache.layout.tail, cache.length[:, None]
+    position = length - 1 - (length - 1 - jnp.arange(tail, dtype=jnp.int32)) % tail
+    return jnp.where(position >= cache.layout.sinks, position, FREE)
+
+
+def _staged_key_positions(cache: LayerCache) -> Array:
+    position = staged_positions(cache, cache.staged.slots)
+    return jnp.where(position < (cache.length + cache.staged_count)[:, None], position, FREE)
+
+
+def _order_in_ring(written: Array, slots: int) -> Array:
+    """Which token (by its number of entry into the history) sits in each slot of a ring; negative: none."""
+    last = written[:, None] - 1
+    return last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
+
+
+def history_positions(cache: LayerCache) -> Int[Array, "B K S"]:
+    history = cache.history
+    if history.pos is not None:
+        return history.pos
+    order = _order_in_ring(cache.written, history.slots)
+    return jnp.where(order >= 0, order + cache.layout.sinks, FREE)[:, None]
+
+
+def _host_positions(cache: LayerCache) -> Int[Array, "B 1 S"]:
+    """Positions of the host pool, but for the tokens that the device holds too and the padding of the last page."""
+    place = cache.layout
+    order = _order_in_ring(cache.written, place.slots)
+    older = (order >= 0) & (order < cache.written[:, None] - place.resident)
+    position = jnp.where(older, order + place.sinks, FREE)
+    padding = cache.host.slots - place.slots
+    return jnp.pad(position, ((0, 0), (0, padding)), constant_values=FREE)[:, None]

@@ -1,0 +1,1 @@
+"""The cache: specs, pytrees, policies, ledgers, transforms."""

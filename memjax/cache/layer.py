@@ -1,0 +1,257 @@
+"""The cache of one attention layer: a frozen pytree of up to five segments, and the pure steps on it.
+
+    sinks | history (codes; the part on the device) | host (codes) | tail (ring) | staged (new, exact)
+
+``update`` stages new tokens, exact; ``attend`` reads every segment, merges them by log-sum-exp and commits the staged
+tokens: those older than the tail are encoded into the history. So a chunk of a prompt attends to the compressed past
+plus its exact self, and memory is bounded by the chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from memjax._compat import to_host
+from memjax.attention.rope import Rope, apply_rope
+from memjax.cache.layout import Layout, layout
+from memjax.cache.spec import CacheSpec
+from memjax.pallas_kernels.codes import Codes, dense, zeros
+
+if TYPE_CHECKING:
+    from memjax.cache.policy import CachePolicy
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "extra", "pos"], meta_fields=[])
+@dataclass(frozen=True)
+class Segment:
+    """Key and value codes [B, K, S, .]; ``v`` is None for a latent stream, ``extra`` its dense rotary part.
+
+    ``pos`` int32 [B, K, S] is stored where slots and positions have come apart (-1: free), else None.
+    """
+
+    k: Codes
+    v: Codes | None
+    extra: Codes | None
+    pos: Array | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.k.data.shape[2]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sinks", "history", "host", "tail", "staged", "staged_count", "length", "written"],
+    meta_fields=["policy", "spec"],
+)
+@dataclass(frozen=True)
+class LayerCache:
+    """One attention layer's cache. Made by ``policy.init(spec)``; every operation returns a new one.
+
+    Attributes:
+      sinks, history, host, tail: committed tokens, see ``Layout``; None where a policy has none.
+      staged: tokens given to ``update`` and not committed yet, [B, K, T, .], exact; None after ``attend``.
+      staged_count: int32 [B], how many of the staged tokens are real (the others are padding).
+      length: int32 [B], tokens committed.
+      written: int32 [B], tokens that have entered the history.
+      policy, spec: static.
+    """
+
+    sinks: Segment | None
+    history: Segment | None
+    host: Segment | None
+    tail: Segment | None
+    staged: Segment | None
+    staged_count: Array | None
+    length: Array
+    written: Array
+    policy: CachePolicy
+    spec: CacheSpec
+
+    @property
+    def layout(self) -> Layout:
+        return layout(self.policy, self.spec)
+
+
+def init_layer(policy: CachePolicy, spec: CacheSpec) -> LayerCache:
+    """An empty cache."""
+    policy.validate(spec)
+    place, codec = layout(policy, spec), policy.codec
+
+    def segment(slots: int, key_fmt: str, value_fmt: str) -> Segment | None:
+        if slots == 0:
+            return None
+        lead = (spec.batch, spec.kv_heads, slots)
+        latent = spec.latent_dim is not None
+        return Segment(
+            k=zeros(key_fmt, (*lead, spec.coded_dim), spec.dtype),
+            v=None if latent else zeros(value_fmt, (*lead, spec.value_dim), spec.dtype),
+            extra=zeros("dense", (*lead, spec.extra_dim), spec.dtype) if spec.extra_dim else None,
+        )
+
+    host = segment(place.host_slots, codec.fmt, codec.fmt)
+    return LayerCache(
+        sinks=segment(place.sinks, "dense", "dense"),
+        history=segment(place.resident, codec.fmt, codec.fmt),
+        host=None if host is None else to_host(host),
+        tail=segment(place.tail, "dense", "dense"),
+        staged=None,
+        staged_count=None,
+        length=jnp.zeros((spec.batch,), jnp.int32),
+        written=jnp.zeros((spec.batch,), jnp.int32),
+        policy=policy,
+        spec=spec,
+    )
+
+
+def update(
+    cache: LayerCache,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+) -> LayerCache:
+    """Stages new tokens: a whole prompt, a chunk of it, or one decode step.
+
+    Args:
+      k: keys, not yet rotated if ``spec.rope`` is a ``Rope``. For a latent stream [B, T, 1, latent + rotary part].
+      v: values; None for a latent stream.
+      lengths: how many of the T tokens of each row are real, for ragged batches; the others, on the right, are ignored.
+
+    Returns:
+      The cache with the tokens staged. Tokens staged before are committed first.
+
+    Raises:
+      ValueError: shapes that do not fit the spec.
+    """
+    spec = cache.spec
+    _check_new_tokens(spec, k, v)
+    cache = commit(cache)
+    count = jnp.full((spec.batch,), k.shape[1], jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    if isinstance(spec.rope, Rope):
+        k = apply_rope(k, staged_positions(cache, k.shape[1]), spec.rope, spec.capacity)
+    k = jnp.swapaxes(k, 1, 2)
+    staged = Segment(
+        k=dense(k[..., : spec.coded_dim]),
+        v=None if v is None else dense(jnp.swapaxes(v, 1, 2)),
+        extra=dense(k[..., spec.coded_dim :]) if spec.extra_dim else None,
+    )
+    return dataclasses.replace(cache, staged=staged, staged_count=count)
+
+
+def _check_new_tokens(spec: CacheSpec, k: Array, v: Array | None) -> None:
+    expected = (spec.batch, spec.kv_heads, spec.head_dim)
+    if k.ndim != 4 or (k.shape[0], *k.shape[2:]) != expected:
+        raise ValueError(
+            f"update needs keys [batch, tokens, kv_heads, head_dim] = [{spec.batch}, T, {spec.kv_heads}, "
+            f"{spec.head_dim}], got {list(k.shape)}"
+        )
+    if spec.latent_dim is not None:
+        if v is not None:
+            raise ValueError("a latent stream has no values of its own (they are a prefix of the keys): pass v=None")
+    elif v is None or v.shape != k.shape:
+        raise ValueError(f"update needs values of the keys' shape {list(k.shape)}, got {None if v is None else v.shape}")
+
+
+def staged_positions(cache: LayerCache, tokens: int) -> Int[Array, "B T"]:
+    """Positions in the text of the ``tokens`` that come next."""
+    return cache.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+
+
+def commit(cache: LayerCache) -> LayerCache:
+    """Moves the staged tokens to where they belong: sinks, tail, or, encoded, the history."""
+    if cache.staged is None:
+        return cache
+    place, start, count = cache.layout, cache.length, cache.staged_count
+    position = staged_positions(cache, cache.staged.slots)
+    real = position < (start + count)[:, None]
+    sinks, tail = cache.sinks, cache.tail
+    staged = _cast(cache.staged, cache.spec.dtype)
+    if sinks is not None:
+        sinks = _write(sinks, staged, jnp.where(real, position, place.sinks))
+    history, host, written = _commit_history(cache)
+    if tail is not None:
+        newest = real & (position >= jnp.maximum((start + count)[:, None] - place.tail, place.sinks))
+        tail = _write(tail, staged, jnp.where(newest, position % place.tail, place.tail))
+    return dataclasses.replace(
+        cache,
+        sinks=sinks,
+        history=history,
+        host=host,
+        tail=tail,
+        staged=None,
+        staged_count=None,
+        length=start + count,
+        written=written,
+    )
+
+
+def _commit_history(cache: LayerCache) -> tuple[Segment | None, Segment | None, Array]:
+    """Encodes the tokens that leave the tail (or skip it) and writes them behind the history."""
+    place, written = cache.layout, cache.written
+    block, position, count = _leaving(cache)
+    written_after = written + count
+    if cache.history is None:
+        return None, None, written_after
+    codec, spec = cache.policy.codec, cache.spec
+    coded = Segment(
+        k=codec.encode(block.k.data, spec.dtype),
+        v=None if block.v is None else codec.encode(block.v.data, spec.dtype),
+        extra=None if block.extra is None else dense(block.extra.data, spec.dtype),
+        pos=None,
+    )
+    index = jnp.arange(position.shape[1], dtype=jnp.int32)
+    order = written[:, None] + index
+
+    def put(target: Segment, slots: int, ring: bool) -> Segment:
+        # Of tokens that would share a slot of a ring only the newest is written: a scatter has no order.
+        keep = (index < count[:, None]) & (index >= count[:, None] - slots if ring else True)
+        stored = coded
+        if target.pos is not None:
+            shape = (*position.shape[:1], spec.kv_heads, *position.shape[1:])
+            stored = dataclasses.replace(coded, pos=jnp.broadcast_to(position[:, None], shape))
+        return _write(target, stored, jnp.where(keep, order % slots if ring else order, target.slots))
+
+    tiered = cache.host is not None
+    history = put(cache.history, place.resident if tiered else cache.history.slots, place.ring or tiered)
+    host = put(cache.host, place.slots, place.ring) if tiered else None
+    return history, host, written_after
+
+
+def _leaving(cache: LayerCache) -> tuple[Segment, Array, Array]:
+    """The staged step's tokens for the history: a block of T in text order, their positions, and how many are real."""
+    place, start, staged = cache.layout, cache.length, cache.staged
+    end = start + cache.staged_count
+    first = jnp.maximum(start - place.tail, place.sinks)
+    count = jnp.maximum(end - place.tail, place.sinks) - first
+    position = first[:, None] + jnp.arange(staged.slots, dtype=jnp.int32)
+    if place.sinks == 0 and place.tail == 0:
+        return staged, position, count
+    source, offset = staged, position - start[:, None]
+    if cache.tail is not None:
+        tail = _cast(cache.tail, staged.k.data.dtype)
+        source = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), tail, staged)
+        offset = jnp.where(offset < 0, position % place.tail, offset + place.tail)
+    offset = jnp.clip(offset, 0, source.slots - 1)[:, None, :, None]
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, offset, axis=2), source), position, count
+
+
+def _cast(segment: Segment, dtype: DTypeLike) -> Segment:
+    return jax.tree.map(lambda x: x.astype(dtype), segment)
+
+
+def _write(target: Segment, block: Segment, slots: Int[Array, "B T"]) -> Segment:
+    """Writes token t of row b into slot ``slots[b, t]`` of every leaf; slots out of range are dropped."""
+
+    def scatter(leaf: Array, new: Array) -> Array:
+        rows = jnp.arange(leaf.shape[0])[:, None]
+        return leaf.at[rows, :, slots].set(jnp.moveaxis(new, 2, 1), mode="drop")
+
+    return jax.tree.map(scatter, target, block)

@@ -1,0 +1,60 @@
+"""Where a policy puts a layer's tokens: sizes that follow from (policy, spec) alone, so everything is static."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memjax.cache.spec import CacheSpec
+
+if TYPE_CHECKING:
+    from memjax.cache.policy import CachePolicy
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Slots of every segment of one layer.
+
+    Attributes:
+      sinks: first tokens, dense, kept for ever.
+      tail: newest tokens, dense, in a ring (slot = position mod tail).
+      slots: history slots. Token number o to enter the history sits in slot o, or o mod slots when ``ring``.
+      ring: the history forgets its oldest token for a new one.
+      recent: an evictor's window: keys at this distance are gone (sinks apart). None: nothing is evicted.
+      resident: history slots on the device; equal to ``slots`` without a tier.
+      host_slots: history slots in host memory, whole pages; 0 without a tier.
+    """
+
+    sinks: int
+    tail: int
+    slots: int
+    ring: bool
+    recent: int | None
+    resident: int
+    host_slots: int
+
+
+@functools.lru_cache(maxsize=1024)
+def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
+    """The layout of ``policy`` for one layer."""
+    windows, evictor, tier = policy.resolved_windows(), policy.evictor, policy.tier
+    sinks = min(windows.sinks, spec.capacity)
+    keep = spec.capacity if evictor is None else min(spec.capacity, evictor.budget(sinks))
+    evicts = keep < spec.capacity
+    if spec.window is not None:
+        keep = min(keep, sinks + spec.window)
+    tail = min(windows.recent, keep - sinks)
+    slots = keep - sinks - tail
+    resident, host_slots = slots, 0
+    if tier is not None and tier.resident < slots:
+        resident, host_slots = tier.resident, -(-slots // tier.page) * tier.page
+    return Layout(
+        sinks=sinks,
+        tail=tail,
+        slots=slots,
+        ring=keep < spec.capacity,
+        recent=evictor.window if evicts else None,
+        resident=resident,
+        host_slots=host_slots,
+    )

@@ -1,0 +1,121 @@
+"""Bytes: counted on the buffers, and predicted from the spec by arithmetic. The two agree exactly, or a test fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from memjax.cache.layer import LayerCache
+from memjax.cache.layout import layout
+from memjax.cache.policy import AnyLayerCache, CachePolicy, ModelCache, Policy
+from memjax.cache.recurrent import RecurrentCache
+from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec
+from memjax.pallas_kernels.codes import nbytes_per_vector
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of a cache, by tier and by what they hold; ledgers add up with ``+``.
+
+    Attributes:
+      device, host, disk: by tier.
+      history: the coded history on every tier, scales, stored positions and page padding included.
+      windows: sinks, tail and staged tokens, dense.
+      state: recurrent states.
+      counters: lengths and the like.
+      history_values: numbers (keys and values) that the slots of the history stand for, device and host copies apart.
+    """
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+    history: int = 0
+    windows: int = 0
+    state: int = 0
+    counters: int = 0
+    history_values: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes on all tiers."""
+        return self.device + self.host + self.disk
+
+    @property
+    def bits_per_value(self) -> float:
+        """Realised bits per value of the history; NaN where there is none."""
+        return 8 * self.history / self.history_values if self.history_values else math.nan
+
+    def __add__(self, other: Bytes) -> Bytes:
+        names = [field.name for field in dataclasses.fields(self)]
+        return Bytes(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+def _size(tree) -> int:
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
+    """The ledger of a cache's buffers (or of their abstract shapes)."""
+    if isinstance(cache, RecurrentCache):
+        state, counters = _size((cache.conv, cache.state)), _size(cache.length)
+        return Bytes(device=state + counters, state=state, counters=counters)
+    if not isinstance(cache, LayerCache):
+        return sum((nbytes(layer) for layer in cache), Bytes())
+    windows = _size((cache.sinks, cache.tail, cache.staged))
+    counters = _size((cache.length, cache.written, cache.staged_count))
+    device, host = _size(cache.history), _size(cache.host)
+    slots = sum(segment.slots for segment in (cache.history, cache.host) if segment is not None)
+    return Bytes(
+        device=windows + counters + device,
+        host=host,
+        history=device + host,
+        windows=windows,
+        counters=counters,
+        history_values=cache.spec.batch * slots * cache.spec.values_per_token,
+    )
+
+
+def predict_nbytes(policy: Policy, spec: LayerSpec | Sequence[LayerSpec]) -> Bytes:
+    """What ``nbytes(policy.init(spec))`` will say, by arithmetic: nothing is built."""
+    if isinstance(spec, Sequence):
+        layers = [predict_nbytes(policy.for_layer(i, len(spec)), each) for i, each in enumerate(spec)]
+        return sum(layers, Bytes())
+    if isinstance(spec, RecurrentSpec):
+        floats = (spec.conv_width - 1) * spec.conv_dim + spec.heads * spec.head_dim * spec.state_dim
+        state, counters = 4 * spec.batch * floats, 4 * spec.batch
+        return Bytes(device=state + counters, state=state, counters=counters)
+    return _predict_attention(policy.for_layer(0, 1), spec)
+
+
+def _predict_attention(policy: CachePolicy, spec: CacheSpec) -> Bytes:
+    place, vectors = layout(policy, spec), spec.batch * spec.kv_heads
+    extra = spec.extra_dim * jnp.dtype(spec.dtype).itemsize
+
+    def slot_bytes(fmt: str) -> int:
+        streams = 1 if spec.latent_dim else 2
+        return vectors * (streams * nbytes_per_vector(fmt, spec.coded_dim, spec.dtype) + extra)
+
+    device = place.resident * slot_bytes(policy.codec.fmt)
+    host = place.host_slots * slot_bytes(policy.codec.fmt)
+    windows = (place.sinks + place.tail) * slot_bytes("dense")
+    counters = 2 * 4 * spec.batch
+    return Bytes(
+        device=windows + counters + device,
+        host=host,
+        history=device + host,
+        windows=windows,
+        counters=counters,
+        history_values=spec.batch * (place.resident + place.host_slots) * spec.values_per_token,
+    )
+
+
+def dense_nbytes_per_token(spec: LayerSpec | Sequence[LayerSpec], itemsize: int = 2) -> int:
+    """Bytes that one token of one sequence leaves in an uncompressed cache of ``itemsize`` bytes per value."""
+    if isinstance(spec, Sequence):
+        return sum(dense_nbytes_per_token(each, itemsize) for each in spec)
+    return 0 if isinstance(spec, RecurrentSpec) else itemsize * spec.values_per_token

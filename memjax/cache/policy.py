@@ -1,0 +1,313 @@
+"""Policies: how a cache is made small. One value per axis, composed by ``chain``, like an optimizer in Optax.
+
+    policy = mj.chain(mj.streaming(4, 1020), mj.int4(rotate=True), mj.host(256))
+    policy == mj.policy("streaming(4,1020)+int4(rotate=true)+host(256)")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from memjax._compat import has_host_memory
+from memjax.attention.attend import attend as _attend
+from memjax.cache.layer import LayerCache, commit, init_layer
+from memjax.cache.layer import update as _update
+from memjax.cache.recurrent import RecurrentCache, init_recurrent
+from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec
+from memjax.evict import Streaming
+from memjax.offload import HostTier
+from memjax.quantize import Codec, Dense, Fp8, Int4, Int8
+
+AnyLayerCache = LayerCache | RecurrentCache
+ModelCache = tuple[AnyLayerCache, ...]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Tokens that nothing lossy happens to: the first ``sinks`` and the newest ``recent`` ones.
+
+    Raises:
+      ValueError: a negative number.
+    """
+
+    sinks: int = 4
+    recent: int = 64
+
+    def __post_init__(self):
+        if self.sinks < 0 or self.recent < 0:
+            raise ValueError(f"protect needs sinks >= 0 and recent >= 0, got {self.sinks}, {self.recent}")
+
+
+class Policy(Protocol):
+    """What makes caches for a model's layers: a ``CachePolicy`` or a ``LayerwisePolicy``."""
+
+    def init(self, spec: LayerSpec | Sequence[LayerSpec]) -> AnyLayerCache | ModelCache: ...
+
+    def for_layer(self, index: int, layers: int) -> CachePolicy: ...
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """One layer's policy: a value for each axis. Hashable, printable, a static jit argument.
+
+    Attributes:
+      codec: in how many bits tokens of the history are kept.
+      evictor: which tokens stay; None: all.
+      tier: where the history lives; None: on the device.
+      windows: what is protected from the codec; None: 4 sinks and 64 recent tokens for a lossy codec (with an evictor,
+        the evictor's sinks), nothing for a lossless one.
+    """
+
+    codec: Codec = Dense()
+    evictor: Streaming | None = None
+    tier: HostTier | None = None
+    windows: Windows | None = None
+
+    def resolved_windows(self) -> Windows:
+        """The windows in force."""
+        windows = self.windows
+        if windows is None:
+            windows = Windows() if self.codec.lossy else Windows(0, 0)
+            if self.evictor is not None:
+                windows = dataclasses.replace(windows, sinks=self.evictor.sinks)
+        if self.evictor is not None:
+            windows = dataclasses.replace(windows, sinks=max(windows.sinks, self.evictor.sinks))
+        return windows
+
+    def validate(self, spec: CacheSpec) -> None:
+        """Raises ValueError if this policy cannot serve ``spec``, with the reason."""
+        self.codec.validate(spec.coded_dim)
+        moves_positions = self.evictor is not None and self.evictor.positions == "cache" and self.evictor.sinks > 0
+        if moves_positions and spec.rope == "applied":
+            raise ValueError(
+                f"{self}: positions inside the cache need the layer's rotary embedding (CacheSpec(rope=Rope(...)) and "
+                "keys that are not rotated yet); for keys that arrive rotated use positions=text"
+            )
+
+    def for_layer(self, index: int, layers: int) -> CachePolicy:
+        """The policy of layer ``index`` of ``layers``: this one."""
+        del index, layers
+        return self
+
+    def init(self, spec: LayerSpec | Sequence[LayerSpec]) -> AnyLayerCache | ModelCache:
+        """An empty cache for one layer, or for each of a model's layers.
+
+        Raises:
+          ValueError: the policy cannot serve a spec.
+        """
+        return _init(self, spec)
+
+    def update(
+        self,
+        cache: LayerCache,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> LayerCache:
+        """Stages new tokens, see ``memjax.cache.layer.update``."""
+        self._check_own(cache)
+        return _update(cache, k, v, lengths)
+
+    def attend(
+        self, cache: LayerCache, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T N Hv"], LayerCache]:
+        """Reads the cache (``memjax.attention.attend``), then commits what was staged."""
+        self._check_own(cache)
+        return attend(cache, q, positions)
+
+    def simulated(self) -> bool:
+        """Whether this process's default device cannot honour the placement, so that bytes are kept but not moved."""
+        return self.tier is not None and not has_host_memory(jax.devices()[0])
+
+    def _check_own(self, cache: LayerCache) -> None:
+        if cache.policy != self:
+            raise ValueError(f"this cache was made by policy {cache.policy}, not by {self}")
+
+    def __str__(self) -> str:
+        parts = [part for part in (self.evictor, self.codec, self.tier) if part is not None and part != Dense()]
+        texts = [_part_string(part) for part in parts]
+        if self.windows is not None:
+            texts.append(f"protect({self.windows.sinks},{self.windows.recent})")
+        return "+".join(texts) or "dense"
+
+
+@dataclass(frozen=True)
+class LayerwisePolicy:
+    """A policy per layer: ``default``, except where ``overrides`` names a layer (negative: from the end)."""
+
+    default: CachePolicy
+    overrides: tuple[tuple[int, CachePolicy], ...]
+
+    def for_layer(self, index: int, layers: int) -> CachePolicy:
+        """The policy of layer ``index`` of ``layers``."""
+        table = dict(self.overrides)
+        return table.get(index, table.get(index - layers, self.default))
+
+    def init(self, spec: LayerSpec | Sequence[LayerSpec]) -> AnyLayerCache | ModelCache:
+        """Empty caches for a model's layers.
+
+        Raises:
+          ValueError: one spec instead of a sequence, or an override for a layer that does not exist.
+        """
+        return _init(self, spec)
+
+    def simulated(self) -> bool:
+        """Whether any of the policies is."""
+        return any(policy.simulated() for policy in (self.default, *dict(self.overrides).values()))
+
+    def __str__(self) -> str:
+        by_policy: dict[CachePolicy, list[int]] = {}
+        for index, policy in self.overrides:
+            by_policy.setdefault(policy, []).append(index)
+        texts = [f"{policy} on layers {','.join(map(str, indices))}" for policy, indices in by_policy.items()]
+        return "; ".join([str(self.default), *texts])
+
+
+def _part_string(part) -> str:
+    """Name and the arguments that differ from the defaults: leading ones by position, the rest by keyword."""
+    leading, keyword, positional = [], [], True
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        if isinstance(value, int) and not isinstance(value, bool) and positional:
+            leading.append(text)
+        else:
+            positional = False
+            if value != field.default:
+                keyword.append(f"{field.name}={text}")
+    arguments = leading + keyword
+    return f"{part.name}({','.join(arguments)})" if arguments else part.name
+
+
+def _init(policy: Policy, spec: LayerSpec | Sequence[LayerSpec]) -> AnyLayerCache | ModelCache:
+    if isinstance(spec, Sequence):
+        if isinstance(policy, LayerwisePolicy):
+            missing = [i for i, _ in policy.overrides if not -len(spec) <= i < len(spec)]
+            if missing:
+                raise ValueError(f"per_layer names layers {missing}, but the model has {len(spec)} layers")
+        return tuple(_init(policy.for_layer(i, len(spec)), each) for i, each in enumerate(spec))
+    if isinstance(policy, LayerwisePolicy):
+        raise ValueError("a per_layer policy needs the specs of all layers, got one spec")
+    if isinstance(spec, RecurrentSpec):
+        return init_recurrent(spec)
+    return init_layer(policy, spec)
+
+
+def attend(
+    cache: LayerCache, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
+) -> tuple[Float[Array, "B T N Hv"], LayerCache]:
+    """Attention outputs of ``q`` over the cache, and the cache with its staged tokens committed."""
+    return _attend(cache, q, positions), commit(cache)
+
+
+def abstract(policy: Policy, spec: LayerSpec | Sequence[LayerSpec]) -> AnyLayerCache | ModelCache:
+    """The cache as ``jax.ShapeDtypeStruct`` leaves: nothing is allocated."""
+    return jax.eval_shape(lambda: policy.init(spec))
+
+
+# ---- the parts, each a policy of its own ---------------------------------------------------------------------------
+
+
+def dense() -> CachePolicy:
+    """Keeps every token in the cache's dtype."""
+    return CachePolicy()
+
+
+def int8(rotate: bool = False) -> CachePolicy:
+    """Token-wise int8, see ``memjax.quantize.int8``."""
+    return CachePolicy(codec=Int8(rotate))
+
+
+def int4(rotate: bool = False) -> CachePolicy:
+    """Token-wise int4, see ``memjax.quantize.int4``."""
+    return CachePolicy(codec=Int4(rotate))
+
+
+def fp8(format: str = "e4m3", rotate: bool = False) -> CachePolicy:
+    """Token-wise float8, see ``memjax.quantize.fp8``."""
+    return CachePolicy(codec=Fp8(rotate, format))
+
+
+def streaming(sinks: int = 4, window: int = 1020, positions: str = "cache") -> CachePolicy:
+    """Attention sinks and a sliding window, see ``memjax.evict.streaming``."""
+    return CachePolicy(evictor=Streaming(sinks, window, positions))
+
+
+def host(resident: int = 256, page: int = 256) -> CachePolicy:
+    """History in host memory, see ``memjax.offload.host``."""
+    return CachePolicy(tier=HostTier(resident, page))
+
+
+def protect(sinks: int = 4, recent: int = 64) -> CachePolicy:
+    """Keeps the first and the newest tokens dense."""
+    return CachePolicy(windows=Windows(sinks, recent))
+
+
+def chain(*policies: CachePolicy) -> CachePolicy:
+    """Composes policies that each say something about another axis; the order does not matter.
+
+    Raises:
+      ValueError: nothing to chain, something that is no policy of one layer, or two that speak about the same axis.
+
+    >>> print(chain(streaming(4, 1020), int4(rotate=True)))
+    streaming(4,1020)+int4(rotate=true)
+    """
+    if not policies:
+        raise ValueError("chain needs at least one policy")
+    return functools.reduce(_combine, policies[1:], _checked(policies[0]))
+
+
+def _checked(policy) -> CachePolicy:
+    if not isinstance(policy, CachePolicy):
+        raise ValueError(f"chain composes policies such as mj.int4() or mj.streaming(4, 1020), got {policy!r}")
+    return policy
+
+
+_AXES = {"codec": "quantization", "evictor": "eviction", "tier": "placement", "windows": "protection"}
+
+
+def _combine(first: CachePolicy, second: CachePolicy) -> CachePolicy:
+    empty, merged = CachePolicy(), first
+    for field, axis in _AXES.items():
+        mine, theirs = getattr(first, field), getattr(_checked(second), field)
+        if theirs == getattr(empty, field):
+            continue
+        if mine != getattr(empty, field):
+            raise ValueError(f"cannot chain {first} and {second}: both decide {axis}; keep one of them")
+        merged = dataclasses.replace(merged, **{field: theirs})
+    return merged
+
+
+def per_layer(default: CachePolicy, overrides: Mapping[int, CachePolicy]) -> LayerwisePolicy:
+    """``default`` for every layer but those that ``overrides`` names; -1 is the last layer.
+
+    Raises:
+      ValueError: an override that is no policy of one layer.
+    """
+    return LayerwisePolicy(_checked(default), tuple(sorted((int(i), _checked(p)) for i, p in overrides.items())))
+
+
+def protect_layers(policy: CachePolicy, count: int) -> Policy:
+    """``policy``, but dense in the first and last ``count`` layers.
+
+    Raises:
+      ValueError: a negative count.
+    """
+    if count < 0:
+        raise ValueError(f"protect_layers needs count >= 0, got {count}")
+    if count == 0:
+        return policy
+    return per_layer(policy, {i: dense() for j in range(count) for i in (j, -1 - j)})
+
+
+def lengths(cache: ModelCache) -> Int[Array, "B"]:
+    """Tokens committed in each row (the same in every layer)."""
+    return jnp.asarray(cache[0].length)

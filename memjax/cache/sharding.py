@@ -1,0 +1,60 @@
+"""Where a cache's arrays go on a mesh: batch over one axis, kv heads over another, tiers in their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from memjax._compat import has_host_memory
+from memjax.cache.policy import AnyLayerCache, ModelCache, Policy, abstract
+from memjax.cache.spec import CacheSpec, LayerSpec
+
+
+def shardings(
+    policy: Policy,
+    spec: LayerSpec | Sequence[LayerSpec],
+    mesh: Mesh,
+    batch_axis: str | None = "data",
+    head_axis: str | None = "model",
+) -> AnyLayerCache | ModelCache:
+    """A ``NamedSharding`` for every leaf of ``policy.init(spec)``, in the same pytree structure.
+
+    Batch goes over ``batch_axis``, kv heads (heads of a recurrent state) over ``head_axis``; None: replicated. A latent
+    stream has one head and is replicated over ``head_axis``, as is the convolution state. The host tier's arrays get the
+    memory kind ``pinned_host`` where the devices have one.
+
+    Raises:
+      ValueError: an axis that the mesh lacks, or a size that it does not divide.
+    """
+    if isinstance(spec, Sequence):
+        return tuple(
+            shardings(policy.for_layer(i, len(spec)), each, mesh, batch_axis, head_axis) for i, each in enumerate(spec)
+        )
+    latent = isinstance(spec, CacheSpec) and spec.latent_dim is not None
+    heads = (spec.kv_heads if isinstance(spec, CacheSpec) else spec.heads) if head_axis and not latent else None
+    _check_axis(mesh, batch_axis, spec.batch, "batch")
+    if heads is not None:
+        _check_axis(mesh, head_axis, heads, "heads")
+    host_kind = "pinned_host" if has_host_memory(mesh.devices.flat[0]) else None
+
+    def place(path, leaf) -> NamedSharding:
+        names = [getattr(key, "name", None) for key in path]
+        on_heads = heads is not None and leaf.ndim >= 3 and "conv" not in names
+        axes = PartitionSpec(batch_axis, head_axis) if on_heads else PartitionSpec(batch_axis)
+        kind = host_kind if names[0] == "host" else None
+        return NamedSharding(mesh, axes, memory_kind=kind)
+
+    return jax.tree_util.tree_map_with_path(place, abstract(policy, spec))
+
+
+def _check_axis(mesh: Mesh, axis: str | None, size: int, what: str) -> None:
+    if axis is None:
+        return
+    if axis not in mesh.shape:
+        raise ValueError(f"the mesh has no axis {axis!r}, only {', '.join(mesh.shape)}")
+    if size % mesh.shape[axis]:
+        raise ValueError(f"{what} of size {size} does not divide over the {mesh.shape[axis]} devices of axis {axis!r}")
+
+

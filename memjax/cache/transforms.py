@@ -1,0 +1,154 @@
+"""Whole-cache transforms, ``cache -> cache``: for research code that starts from a dense cache.
+
+They act on the history of every attention layer and leave protected tokens (sinks and tail) alone, so give the dense cache
+windows when it is made: ``mj.protect(4, 64).init(spec)``. They compose in any order that makes sense, are pure and run
+inside ``jit``; a ``LayerCache`` or a model's tuple of caches goes in, the same comes out. Recurrent layers pass through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from memjax._compat import to_host
+from memjax.attention.attend import history_positions
+from memjax.cache.layer import LayerCache, Segment, commit
+from memjax.cache.policy import CachePolicy, ModelCache
+from memjax.cache.recurrent import RecurrentCache
+from memjax.offload import HostTier
+from memjax.quantize import Codec, Dense
+
+OneOrAll = LayerCache | ModelCache
+
+
+def quantize(cache: OneOrAll, codec: Codec | CachePolicy) -> OneOrAll:
+    """Encodes a dense history with ``codec`` (or with the codec of a policy such as ``mj.int4()``).
+
+    Raises:
+      ValueError: the history is coded already, or the codec cannot serve the cache.
+    """
+    codec = codec.codec if isinstance(codec, CachePolicy) else codec
+    return _each(cache, lambda layer: _quantize(layer, codec))
+
+
+def _quantize(cache: LayerCache, codec: Codec) -> LayerCache:
+    if cache.policy.codec != Dense():
+        raise ValueError(f"quantize starts from a dense history, but this one is {cache.policy.codec.name} already")
+    cache = commit(cache)
+    policy = dataclasses.replace(cache.policy, codec=codec, windows=cache.policy.resolved_windows())
+    policy.validate(cache.spec)
+
+    def encode(segment: Segment | None) -> Segment | None:
+        if segment is None:
+            return None
+        k = codec.encode(segment.k.data, cache.spec.dtype)
+        v = None if segment.v is None else codec.encode(segment.v.data, cache.spec.dtype)
+        return dataclasses.replace(segment, k=k, v=v)
+
+    host = None if cache.host is None else to_host(encode(cache.host))
+    return dataclasses.replace(cache, history=encode(cache.history), host=host, policy=policy)
+
+
+def evict(
+    cache: OneOrAll, scores: Float[Array, "B K S"] | Sequence[Float[Array, "B K S"]], budget: int, room: int = 0
+) -> OneOrAll:
+    """Keeps the ``budget`` highest-scored tokens of the history per kv head, in text order, with their positions.
+
+    Works on coded histories too (token-wise codes survive a gather). Sinks and tail are not in the history and stay.
+
+    Args:
+      scores: higher is kept; one per history slot, [B, K, S] ([B, 1, S]: the same for all heads). For a model's caches one
+        array per attention layer. Free slots lose against any token.
+      budget: tokens kept per kv head, 1 <= budget <= S. Rows with fewer tokens keep all and have free slots.
+      room: free slots after them, for tokens still to come.
+
+    Raises:
+      ValueError: a budget outside 1..S, negative room, scores of another shape, a history in a ring or on a host tier.
+    """
+    if isinstance(cache, LayerCache):
+        return _evict(cache, scores, budget, room)
+    attention = sum(isinstance(layer, LayerCache) for layer in cache)
+    if len(scores) != attention:
+        raise ValueError(f"evict needs one array of scores per attention layer, {attention}, got {len(scores)}")
+    remaining = iter(scores)
+    return _each(cache, lambda layer: _evict(layer, next(remaining), budget, room))
+
+
+def _evict(cache: LayerCache, scores: Array, budget: int, room: int) -> LayerCache:
+    cache = commit(cache)
+    if cache.history is None or cache.host is not None or cache.layout.ring:
+        raise ValueError(f"evict needs a whole history on the device, but policy {cache.policy} keeps none; evict first")
+    slots, heads = cache.history.slots, cache.spec.kv_heads
+    if not 1 <= budget <= slots or room < 0:
+        raise ValueError(f"evict needs 1 <= budget <= {slots} history slots and room >= 0, got {budget} and {room}")
+    if scores.shape not in [(cache.spec.batch, h, slots) for h in (1, heads)]:
+        raise ValueError(f"evict needs scores [batch, kv_heads or 1, {slots}], got {list(scores.shape)}")
+    pos = jnp.broadcast_to(history_positions(cache), (cache.spec.batch, heads, slots))
+    chosen = _top_slots(jnp.broadcast_to(scores, pos.shape), pos >= 0, budget)
+    kept = jnp.minimum(cache.written, budget)
+
+    def take(leaf: Array, fill: int = 0) -> Array:
+        index = chosen.reshape(*chosen.shape, *(1,) * (leaf.ndim - 3))
+        picked = jnp.take_along_axis(leaf, index, axis=2)
+        widths = [(0, 0)] * leaf.ndim
+        widths[2] = (0, room)
+        return jnp.pad(picked, widths, constant_values=leaf.dtype.type(fill))
+
+    history = jax.tree.map(take, dataclasses.replace(cache.history, pos=None))
+    pos = take(jnp.where(pos >= 0, pos, -1), -1)
+    return dataclasses.replace(cache, history=dataclasses.replace(history, pos=pos), written=kept)
+
+
+def _top_slots(scores: Array, filled: Array, budget: int) -> Array:
+    """Indices of the best slots in ascending order, free ones behind all others."""
+    slots = scores.shape[-1]
+    # Two keys, so that no score, -inf included, can tie with "free".
+    order = jnp.lexsort((-scores, ~filled), axis=-1)[..., :budget]
+    is_free = ~jnp.take_along_axis(filled, order, axis=-1)
+    return jnp.sort(jnp.where(is_free, order + slots, order), axis=-1) % slots
+
+
+def offload(cache: OneOrAll, tier: HostTier | CachePolicy) -> OneOrAll:
+    """Moves the history to host memory; its newest ``tier.resident`` tokens stay on the device as well.
+
+    Raises:
+      ValueError: the history has a tier already, or an eviction left holes in it (offload first, then evict).
+    """
+    tier = tier.tier if isinstance(tier, CachePolicy) else tier
+    if tier is None:
+        raise ValueError("offload needs a tier such as mj.host(256)")
+    return _each(cache, lambda layer: _offload(layer, tier))
+
+
+def _offload(cache: LayerCache, tier: HostTier) -> LayerCache:
+    cache = commit(cache)
+    if cache.host is not None or (cache.history is not None and cache.history.pos is not None):
+        raise ValueError("offload needs a history without holes on the device; make the cache with the tier instead")
+    cache = dataclasses.replace(cache, policy=dataclasses.replace(cache.policy, tier=tier))
+    place = cache.layout
+    if not place.host_slots:
+        return cache
+    newest = cache.written[:, None] - 1 - jnp.arange(place.resident, dtype=jnp.int32)
+    ring_slot = jnp.argsort(newest % place.resident, axis=-1)
+    source = jnp.take_along_axis(jnp.maximum(newest, 0) % place.slots, ring_slot, axis=-1)
+
+    def resident(leaf: Array) -> Array:
+        return jnp.take_along_axis(leaf, source.reshape(source.shape[0], 1, -1, *(1,) * (leaf.ndim - 3)), axis=2)
+
+    def padded(leaf: Array) -> Array:
+        widths = [(0, 0)] * leaf.ndim
+        widths[2] = (0, place.host_slots - place.slots)
+        return jnp.pad(leaf, widths)
+
+    host = to_host(jax.tree.map(padded, cache.history))
+    return dataclasses.replace(cache, history=jax.tree.map(resident, cache.history), host=host)
+
+
+def _each(cache: OneOrAll, transform) -> OneOrAll:
+    if isinstance(cache, LayerCache):
+        return transform(cache)
+    return tuple(layer if isinstance(layer, RecurrentCache) else transform(layer) for layer in cache)

@@ -1,0 +1,1 @@
+"""Quality and bytes, side by side."""

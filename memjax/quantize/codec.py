@@ -1,0 +1,69 @@
+"""What a codec is: a pure pair encode / decode of vectors along the last axis, with an optional rotated basis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from memjax.pallas_kernels.codes import Codes, absmax_encode, dense, nbytes_per_vector
+from memjax.quantize.hadamard import hadamard_matrix, rotate, unrotate
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Encodes each vector on its own (token-wise, per kv head). Subclasses name a format of ``pallas_kernels.codes``.
+
+    Attention reads the codes in the codec's own basis: queries go through ``into_basis`` once per step, outputs through
+    ``out_of_basis``. Lossy codecs keep sinks and recent tokens dense unless the policy says otherwise.
+    """
+
+    name: ClassVar[str] = "codec"
+    lossy: ClassVar[bool] = True
+    rotate: bool = False
+
+    @property
+    def fmt(self) -> str:
+        """The format of the codes (a key of ``pallas_kernels.codes``)."""
+        return self.name
+
+    def validate(self, dim: int) -> None:
+        """Raises ValueError if vectors of ``dim`` values cannot be encoded."""
+        if self.rotate:
+            hadamard_matrix(dim)
+        nbytes_per_vector(self.fmt, dim, jnp.float32)
+
+    def encode(self, x: Float[Array, "... H"], dtype: DTypeLike) -> Codes:
+        """Codes of every vector; ``dtype`` is the storage type of dense codecs."""
+        del dtype
+        return absmax_encode(self.into_basis(x.astype(jnp.float32)), self.fmt)
+
+    def decode(self, codes: Codes) -> Float[Array, "... H"]:
+        """The float32 vectors that the codes stand for."""
+        return self.out_of_basis(codes.decode())
+
+    def into_basis(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+        """A vector in the basis of the codes."""
+        return rotate(x) if self.rotate else x
+
+    def out_of_basis(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+        """The inverse of ``into_basis``."""
+        return unrotate(x) if self.rotate else x
+
+    def bits_per_value(self, dim: int, dtype: DTypeLike = jnp.bfloat16) -> float:
+        """Realised bits per value for vectors of ``dim`` values, scales and padding included."""
+        return 8 * nbytes_per_vector(self.fmt, dim, dtype) / dim
+
+
+@dataclass(frozen=True)
+class Dense(Codec):
+    """No quantization: vectors in the cache's dtype. 16 bits per value in bfloat16."""
+
+    name: ClassVar[str] = "dense"
+    lossy: ClassVar[bool] = False
+
+    def encode(self, x: Float[Array, "... H"], dtype: DTypeLike) -> Codes:
+        return dense(x, dtype)

@@ -1,0 +1,26 @@
+"""int4: token-wise symmetric 4-bit codes, plain or after a signed-Hadamard rotation (QuaRot, arXiv 2404.00456).
+
+    scale = max|x| / 15,   level = the nearest odd integer to x / scale in -15 .. 15        per token and kv head
+
+All sixteen levels are used and zero is not one of them: a grid with a zero would spend a code of its own on it. Unlike
+QuaRot's asymmetric groups there is no zero point: H/2 + 2 bytes per vector, 4.25 bits per value at head_dim 64, 4.125
+at 128.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from memjax.quantize.codec import Codec
+
+
+@dataclass(frozen=True)
+class Int4(Codec):
+    """Token-wise int4; ``rotate`` spreads outlier channels first.
+
+    >>> Int4(rotate=True).bits_per_value(128)
+    4.125
+    """
+
+    name: ClassVar[str] = "int4"
