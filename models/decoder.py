@@ -157,8 +157,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits, float32."""
-        out = self.embedding.attend(hidden) if self.head is None else self.head(hidden)
-        return out.astype(jnp.float32)
+        if self.head is not None:
+            return self.head(hidden).astype(jnp.float32)
+        # Contracting the embedding where it lies; nnx.Embed.attend would transpose a copy of it on the CPU.
+        table = self.embedding.embedding[...]
+        dims = (((hidden.ndim - 1,), (1,)), ((), ()))
+        return jax.lax.dot_general(hidden, table, dims).astype(jnp.float32)
 
     def cache_specs(self, batch: int, capacity: int, dtype: str | None = None) -> tuple[CacheSpec, ...]:
         """What each layer asks of a cache; ``dtype`` None: the dtype of the weights."""

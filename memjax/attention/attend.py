@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax._compat import to_device
 from memjax.attention.rope import Rope, apply_rope
-from memjax.cache.layer import LayerCache, Segment, staged_positions
+from memjax.cache.layer import LayerCache, Segment, leaving_count, staged_positions
 from memjax.pallas_kernels.flash import attention_xla, merge
 
 FREE = -1  # position of a slot that holds no token
@@ -29,16 +29,21 @@ def attend(
       tokens than ``spec.capacity``, so that an overflow inside ``jit`` cannot pass for a result.
 
     Raises:
-      ValueError: query heads are no multiple of kv_heads, or another head_dim.
+      ValueError: query heads are no multiple of kv_heads, another batch or head_dim, or without ``positions`` another
+        number of queries than of staged tokens.
     """
     spec = cache.spec
-    batch, tokens, heads, dim = q.shape
-    if heads % spec.kv_heads or dim != spec.head_dim:
+    if q.ndim != 4 or q.shape[0] != spec.batch or q.shape[2] % spec.kv_heads or q.shape[3] != spec.head_dim:
         raise ValueError(
-            f"attend needs queries [B, T, N, head_dim={spec.head_dim}] with N a multiple of kv_heads={spec.kv_heads}, "
-            f"got {list(q.shape)}"
+            f"attend needs queries [batch={spec.batch}, T, N, head_dim={spec.head_dim}] with N a multiple of "
+            f"kv_heads={spec.kv_heads}, got {list(q.shape)}"
         )
+    batch, tokens, heads, _ = q.shape
     if positions is None:
+        if cache.staged is not None and cache.staged.slots != tokens:
+            raise ValueError(
+                f"attend got {tokens} queries for {cache.staged.slots} staged tokens: pass the positions of the queries"
+            )
         positions = staged_positions(cache, tokens) - (0 if cache.staged is not None else tokens)
     reader = _Reader(cache, q, positions)
     parts = [reader.recent_part()]
@@ -52,11 +57,12 @@ def attend(
 
 
 def _overflowed(cache: LayerCache) -> Array:
-    """Rows in which a committed token found no slot."""
+    """Rows in which a token, committed or staged, finds no slot."""
     if cache.layout.ring:
         return jnp.zeros_like(cache.length, bool)
     slots = 0 if cache.history is None else max(cache.history.slots, cache.layout.slots if cache.host else 0)
-    return cache.written > slots
+    written = cache.written if cache.staged is None else cache.written + leaving_count(cache)
+    return written > slots
 
 
 class _Reader:
@@ -66,16 +72,18 @@ class _Reader:
         self.cache, self.spec, self.place = cache, cache.spec, cache.layout
         self.positions = positions
         self.groups = q.shape[2] // self.spec.kv_heads
-        evictor = cache.policy.evictor
+        self.q = self._rows(self._rotate(q, positions))
         self.sinks_stand_apart = False
-        roped = isinstance(self.spec.rope, Rope)
-        self.q = self._rows(self._rotate(q, positions) if roped else q)
-        if roped and self.place.recent is not None and self.place.sinks:
-            moved = evictor.sink_query_positions(positions, self.place.sinks)
-            self.sinks_stand_apart = moved is not positions
-            self.q_sinks = self._rows(self._rotate(q, moved)) if self.sinks_stand_apart else self.q
+        # Only a rotary embedding and the model's own window depend on where a query stands.
+        placed = isinstance(self.spec.rope, Rope) or self.spec.window is not None
+        if placed and self.place.recent is not None and self.place.sinks:
+            self.sink_positions = cache.policy.evictor.sink_query_positions(positions, self.place.sinks)
+            self.sinks_stand_apart = self.sink_positions is not positions
+            self.q_sinks = self._rows(self._rotate(q, self.sink_positions))
 
     def _rotate(self, q: Array, positions: Array) -> Array:
+        if not isinstance(self.spec.rope, Rope):
+            return q
         return apply_rope(q, positions, self.spec.rope, self.spec.capacity)
 
     def _rows(self, q: Array) -> Array:
@@ -83,13 +91,13 @@ class _Reader:
         batch, tokens, _, dim = q.shape
         return q.swapaxes(1, 2).reshape(batch, self.spec.kv_heads, self.groups * tokens, dim)
 
-    def _attend(self, q: Array, segment: Segment, k_pos: Array):
-        coded = self.spec.coded_dim
+    def _attend(self, q: Array, segment: Segment, k_pos: Array, q_pos: Array | None = None):
+        coded, q_pos = self.spec.coded_dim, self.positions if q_pos is None else q_pos
         return attention_xla(
             q[..., :coded],
             segment.k,
             segment.v,
-            q_pos=jnp.tile(self.positions, (1, self.groups)),
+            q_pos=jnp.tile(q_pos, (1, self.groups)),
             k_pos=k_pos,
             q_extra=q[..., coded:] if self.spec.extra_dim else None,
             k_extra=segment.extra,
@@ -102,7 +110,7 @@ class _Reader:
 
     def recent_part(self):
         """Sinks, tail and staged tokens: all dense, so one segment (without the sinks if those see other queries)."""
-        cache, dtype = self.cache, self.q.dtype
+        cache = self.cache
         found = []
         if cache.sinks is not None and not self.sinks_stand_apart:
             found.append((cache.sinks, _sink_positions(cache)))
@@ -123,13 +131,13 @@ class _Reader:
             first = jax.tree.map(lambda x: x[:, :, :sinks], cache.staged)
             position = _staged_key_positions(cache)[:, :sinks]
             found.append((first, jnp.where(position < sinks, position, FREE)))
-        return self._attend_joined(self.q_sinks, found)
+        return self._attend_joined(self.q_sinks, found, self.sink_positions)
 
-    def _attend_joined(self, q: Array, found: list[tuple[Segment, Array]]):
+    def _attend_joined(self, q: Array, found: list[tuple[Segment, Array]], q_pos: Array | None = None):
         """Dense segments as one."""
         wide = [jax.tree.map(lambda x: x.astype(q.dtype), segment) for segment, _ in found]
         joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=2), *wide)
-        return self._attend(q, joined, jnp.concatenate([pos for _, pos in found], axis=-1)[:, None])
+        return self._attend(q, joined, jnp.concatenate([pos for _, pos in found], axis=-1)[:, None], q_pos)
 
     def history_parts(self):
         """The coded history, in the codec's basis, and the older part of it in host memory."""

@@ -225,12 +225,18 @@ def _commit_history(cache: LayerCache) -> tuple[Segment | None, Segment | None, 
     return history, host, written_after
 
 
+def leaving_count(cache: LayerCache) -> Int[Array, "B"]:
+    """How many tokens enter the history when the staged ones are committed."""
+    place, start = cache.layout, cache.length
+    first, end = (jnp.maximum(at - place.tail, place.sinks) for at in (start, start + cache.staged_count))
+    return end - first
+
+
 def _leaving(cache: LayerCache) -> tuple[Segment, Array, Array]:
     """The staged step's tokens for the history: a block of T in text order, their positions, and how many are real."""
     place, start, staged = cache.layout, cache.length, cache.staged
-    end = start + cache.staged_count
+    count = leaving_count(cache)
     first = jnp.maximum(start - place.tail, place.sinks)
-    count = jnp.maximum(end - place.tail, place.sinks) - first
     position = first[:, None] + jnp.arange(staged.slots, dtype=jnp.int32)
     if place.sinks == 0 and place.tail == 0:
         return staged, position, count

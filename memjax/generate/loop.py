@@ -5,6 +5,7 @@ Both jitted functions compile once per (model, policy, batch, capacity, sampler)
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,16 @@ from jaxtyping import Array
 
 from memjax.cache.ledger import Bytes, nbytes
 from memjax.cache.parse import policy as parse_policy
-from memjax.cache.policy import CachePolicy, ModelCache, Policy
-from memjax.generate.sampling import Sampler, mark_seen, sample
+from memjax.cache.policy import ModelCache, Policy
+from memjax.generate.sampling import FAILED, Sampler, mark_seen, sample
 from memjax.generate.steps import decode_step, prefill
 from memjax.generate.stopping import StopStrings
 from memjax.models.decoder import Decoder
 from memjax.models.load import LanguageModel
 
-NO_TOKEN = -1  # in a block of tokens: this row had ended
+NO_TOKEN = -2  # in a block of tokens: this row had ended
+
+Prompt = str | Sequence[int]
 
 
 @functools.partial(
@@ -148,3 +151,143 @@ class _Row:
         self.reason = self.reason or "length"
         self.pieces.append(rest)
         return rest
+
+
+def stream(
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    *,
+    policy: Policy | str = "dense",
+    max_new_tokens: int = 128,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    capacity: int | None = None,
+    cache_dtype: str | None = None,
+    chunk: int = 256,
+    block: int = 8,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[list[str]]:
+    """Generates for a batch of prompts and yields, after every block of tokens, each row's new text.
+
+    Args:
+      prompts: texts, or lists of token ids. They may differ in length; each gives what it would give alone.
+      policy: how the cache is made small, a policy or its string form.
+      max_new_tokens: at most so many tokens per row.
+      sampler: None: greedy.
+      seed: row b draws from ``jax.random.fold_in(jax.random.key(seed), b)``.
+      stop: strings that end a row; end-of-text ids always do.
+      capacity: tokens the cache is made for; None: the longest prompt + max_new_tokens.
+      cache_dtype: dtype of what is not quantized; None: the dtype of the weights.
+      chunk: prompts are taken in so many tokens at a time; memory of the prefill grows with it.
+      block: tokens per run of the jitted loop; text appears in such steps.
+      on_progress: called with ("prefill" or "decode", tokens done, tokens in all).
+
+    Returns:
+      An iterator; its ``StopIteration.value`` is the list of ``Generation``.
+
+    Raises:
+      ValueError: no prompts, an empty prompt, ids outside the vocabulary, prompts that do not fit the capacity, a bad
+        policy, sampler or stop string; all before anything is computed. FloatingPointError: the model gave NaN.
+    """
+    sampler = sampler or Sampler()
+    policy = parse_policy(policy) if isinstance(policy, str) else policy
+    ids = _encode(model, prompts)
+    capacity = _check_lengths(ids, max_new_tokens, capacity, chunk, block)
+    stop_ids = frozenset(model.eos_ids)
+    rows = [_Row(model, tuple(stop), stop_ids) for _ in ids]
+    cache = model.init_cache(policy, len(ids), capacity, cache_dtype)
+    ledger = nbytes(cache)
+    logits, cache = _prefill_all(model, cache, ids, chunk, on_progress)
+    state = _initial_state(model, cache, logits, ids, max_new_tokens, sampler, seed)
+    done = 0
+    while done < max_new_tokens and any(row.reason is None for row in rows):
+        state, out = decode_block(model.decoder, state, sampler=sampler, block=block)
+        sampled = np.asarray(out)
+        if failed := [b for b, row in enumerate(rows) if row.reason is None and FAILED in sampled[b]]:
+            raise FloatingPointError(f"the model gave NaN for prompt {failed[0]}; try another policy or cache dtype")
+        yield [row.feed(new.tolist()) if row.reason is None else "" for row, new in zip(rows, sampled, strict=True)]
+        done += block
+        if any(row.reason is not None for row in rows):
+            ended = jnp.asarray([row.reason is not None for row in rows])
+            state = dataclasses.replace(state, remaining=jnp.where(ended, 0, state.remaining))
+        if on_progress is not None:
+            on_progress("decode", min(done, max_new_tokens), max_new_tokens)
+    yield [row.flush() for row in rows]
+    return [
+        Generation("".join(row.pieces), tuple(row.tokens), row.reason, len(prompt), ledger)
+        for row, prompt in zip(rows, ids, strict=True)
+    ]
+
+
+def generate(model: LanguageModel, prompts: Prompt | Sequence[Prompt], **options) -> list[Generation]:
+    """Generates for one prompt or a batch of them; ``options`` as for ``stream``."""
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+    running = stream(model, [prompts] if single else list(prompts), **options)
+    while True:
+        try:
+            next(running)
+        except StopIteration as finished:
+            return finished.value
+
+
+def _encode(model: LanguageModel, prompts: Sequence[Prompt]) -> list[list[int]]:
+    if len(prompts) == 0:
+        raise ValueError("give at least one prompt")
+    ids = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if model.tokenizer is None:
+                raise ValueError(f"model {model.name} has no tokenizer: give token ids")
+            prompt = model.tokenizer.encode(prompt)
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} is empty: give at least one token")
+        if not all(0 <= token < model.config.vocab for token in prompt):
+            raise ValueError(f"prompt {i} has ids outside the vocabulary 0..{model.config.vocab - 1}")
+        ids.append([int(token) for token in prompt])
+    return ids
+
+
+def _check_lengths(ids: list[list[int]], new: int, capacity: int | None, chunk: int, block: int) -> int:
+    for name, value in (("max_new_tokens", new), ("chunk", chunk), ("block", block)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    needed = max(map(len, ids)) + new
+    if capacity is None:
+        return needed
+    if needed > capacity:
+        raise ValueError(
+            f"a prompt of {needed - new} tokens and {new} new ones need a capacity of {needed}, got {capacity}; "
+            "shorten the prompt, ask for fewer tokens or raise the capacity"
+        )
+    return capacity
+
+
+def _prefill_all(model: LanguageModel, cache: ModelCache, ids: list[list[int]], chunk: int, on_progress):
+    longest = max(map(len, ids))
+    chunk = min(chunk, 1 << (longest - 1).bit_length())
+    lengths = np.asarray([len(prompt) for prompt in ids])
+    tokens = np.zeros((len(ids), -(-longest // chunk) * chunk), np.int32)
+    for row, prompt in zip(tokens, ids, strict=True):
+        row[: len(prompt)] = prompt
+    logits = jnp.zeros((len(ids), model.config.vocab), jnp.float32)
+    for start in range(0, tokens.shape[1], chunk):
+        counts = np.clip(lengths - start, 0, chunk).astype(np.int32)
+        logits, cache = prefill_chunk(model.decoder, cache, logits, tokens[:, start : start + chunk], counts)
+        if on_progress is not None:
+            logits.block_until_ready()
+            on_progress("prefill", min(start + chunk, longest), longest)
+    return logits, cache
+
+
+def _initial_state(model, cache, logits, ids, new: int, sampler: Sampler, seed: int) -> LoopState:
+    batch = len(ids)
+    keys = jax.vmap(lambda b: jax.random.fold_in(jax.random.key(seed), b))(jnp.arange(batch))
+    seen = None
+    if sampler.repetition_penalty != 1.0:
+        marks = np.zeros((batch, model.config.vocab), bool)
+        for row, prompt in zip(marks, ids, strict=True):
+            row[prompt] = True
+        seen = jnp.asarray(marks)
+    remaining = jnp.full((batch,), new, jnp.int32)
+    return LoopState(cache, logits, keys, seen, remaining, jnp.asarray(sorted(model.eos_ids), jnp.int32))

@@ -1,0 +1,219 @@
+"""The command line: ``memjax generate``, ``memjax compare``, ``memjax demo``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Small memory for LLM inference: quantized, evicting and tiered KV caches.",
+)
+_POLICY_HELP = "How the cache is made small, such as 'dense', 'int4(rotate=true)' or 'streaming(4,1020)+int8+host(256)'."
+_MODEL_HELP = "smollm2-135m, a GGUF file, a checkpoint folder, or a hub id owner/name."
+Model = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP)]
+notes = Console(stderr=True)
+
+
+def main() -> None:
+    """Entry point: bad input ends with one line on stderr and exit status 2, without a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FloatingPointError, PermissionError, IsADirectoryError) as error:
+        notes.print(Text("error: ", style="bold red").append(str(error), style="default"), soft_wrap=True)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Progress]:
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=notes, transient=True) as progress:
+        yield progress
+
+
+def _load(name: str):
+    import memjax as mj
+
+    with _bars() as progress:
+        task = progress.add_task(f"loading {name}", total=None)
+        return mj.load(name, progress=lambda done, total: progress.update(task, completed=done, total=total))
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"no text file at {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue.")] = "",
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    model: Model = "smollm2-135m",
+    policy: Annotated[str, typer.Option("--policy", "--kv", help=_POLICY_HELP)] = "dense",
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    system: Annotated[str, typer.Option(help="System message of the chat.")] = "",
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1: all.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0: all.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1: none.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this string; may be repeated.")] = None,
+    capacity: Annotated[int | None, typer.Option(help="Tokens the cache is made for; default: as many as needed.")] = None,
+    cache_dtype: Annotated[str | None, typer.Option(help="Dtype of what is not quantized.")] = None,
+    chunk: Annotated[int, typer.Option(help="The prompt is read in chunks of so many tokens.")] = 256,
+) -> None:
+    """Continue a prompt through a compressed cache; the text appears as it is made."""
+    import memjax as mj
+
+    if bool(prompt) == (prompt_file is not None):
+        raise ValueError("give either --prompt or --prompt-file, and not an empty prompt")
+    text = prompt or _read_text(prompt_file)
+    parsed = mj.policy(policy)
+    sampler = mj.Sampler(temperature, top_k, top_p, min_p, repetition_penalty)
+    lm = _load(model)
+    ids = text
+    if chat:
+        messages = [{"role": "system", "content": system}] if system else []
+        rendered = mj.render_chat(lm.tokenizer, [*messages, {"role": "user", "content": text}])
+        ids = lm.tokenizer.encode(rendered, add_bos=False)
+    else:
+        sys.stdout.write(text)
+    options = {"policy": parsed, "max_new_tokens": max_new_tokens, "sampler": sampler, "seed": seed}
+    options |= {"stop": stop or (), "capacity": capacity, "cache_dtype": cache_dtype, "chunk": chunk}
+    generation = _stream_out(lm, ids, options)
+    ledger = generation.cache
+    notes.print(
+        f"\n[dim]{generation.prompt_tokens} + {len(generation.tokens)} tokens ({generation.finish_reason}); cache {parsed}: "
+        f"{ledger.device:,} bytes on the device, {ledger.host:,} on the host[/]",
+        highlight=False,
+    )
+
+
+def _stream_out(lm, prompt, options: dict):
+    """Writes the text as it comes; a bar on stderr until the first of it."""
+    import memjax as mj
+
+    with _bars() as progress:
+        task = progress.add_task("reading the prompt", total=None)
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase == "prefill":
+                progress.update(task, completed=done, total=total)
+
+        running = mj.stream(lm, [prompt], on_progress=show, **options)
+        pieces = next(running)
+    while True:
+        sys.stdout.write(pieces[0])
+        sys.stdout.flush()
+        try:
+            pieces = next(running)
+        except StopIteration as finished:
+            sys.stdout.write("\n")
+            return finished.value[0]
+
+
+@app.command()
+def compare(
+    text_file: Annotated[Path, typer.Option(help="The text to read.")],
+    policy: Annotated[list[str], typer.Option("--policy", "--kv", help=_POLICY_HELP + " May be repeated.")],
+    model: Model = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(help="Tokens to read from the text's beginning.")] = 1024,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write the plot here (png, pdf, svg).")] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens read at a time.")] = 128,
+    cache_dtype: Annotated[str, typer.Option(help="Dtype of what is not quantized.")] = "bfloat16",
+    decode_tokens: Annotated[int, typer.Option(help="Tokens generated to time decoding; 0: none.")] = 16,
+    protect_layers: Annotated[int, typer.Option(help="Keep the first and last N layers dense.")] = 0,
+    passkey: Annotated[bool, typer.Option(help="Hide a pass key in the text and ask for it at the end.")] = False,
+    passkey_depth: Annotated[float, typer.Option(help="Where it is hidden: 0 beginning, 1 end.")] = 0.5,
+    static: Annotated[bool, typer.Option(help="Compress tokens before they are read (the papers' setting).")] = False,
+) -> None:
+    """Read a text through several policies; report bytes, quality and speed of each."""
+    import memjax as mj
+    from memjax.evaluate.compare import Setup
+    from memjax.evaluate.passkey import Passkey
+
+    policies = [mj.protect_layers(mj.policy(text), protect_layers) for text in policy]
+    setup = Setup(chunk=chunk, cache_dtype=cache_dtype, decode_tokens=decode_tokens, static=static)
+    key = Passkey(depth=passkey_depth) if passkey else None
+    for target in (json_file, plot_file):
+        if target is not None and not target.absolute().parent.is_dir():
+            raise FileNotFoundError(f"no folder {target.absolute().parent} to write {target.name} into")
+    text = _read_text(text_file)
+    rows = _compare(_load(model), text, tokens, policies, setup, key)
+    _report(rows, json_file, plot_file)
+
+
+def _compare(lm, text: str, tokens: int, policies: list, setup, key) -> list[dict]:
+    from memjax.evaluate.compare import compare as run
+
+    ids = lm.tokenizer.encode(text)
+    if not 2 <= tokens <= len(ids):
+        raise ValueError(f"--tokens must lie between 2 and the text's {len(ids)} tokens, got {tokens}")
+    ids = ids[:tokens] if key is None else key.hide(lm.tokenizer, ids[:tokens])
+    steps = -(-tokens // setup.chunk) + len(policies)
+    with _bars() as progress:
+        task = progress.add_task("compiling", total=steps)
+        return run(lm, ids, policies, setup, key, lambda done: progress.update(task, advance=1, description=done))
+
+
+def _report(rows: list[dict], json_file: Path | None, plot_file: Path | None) -> None:
+    from memjax.evaluate.report import plot, save_json, table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=170)
+    console.print(table(rows))
+    if json_file is not None:
+        save_json(rows, json_file)
+    if plot_file is not None:
+        plot(rows, plot_file)
+
+
+DEMO_POLICIES = ("dense", "int8", "int4", "int4(rotate=true)", "streaming(4,508)", "streaming(4,508)+int4(rotate=true)")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the table and the plot.")] = Path("demo_out"),
+    tokens: Annotated[int, typer.Option(help="Tokens of the novel to read.")] = 1536,
+) -> None:
+    """A real model reads a novel with a pass key hidden in it, through six caches, and answers from each."""
+    import memjax as mj
+    from memjax.evaluate.compare import Setup
+    from memjax.evaluate.passkey import Passkey
+
+    out.mkdir(parents=True, exist_ok=True)
+    text = (importlib.resources.files("memjax.data") / "moby_dick_excerpt.txt").read_text(encoding="utf-8")
+    lm, key = _load("smollm2-135m"), Passkey(depth=0.5)
+    policies = [mj.policy(policy) for policy in DEMO_POLICIES]
+    rows = _compare(lm, text, tokens, policies, Setup(), key)
+    _report(rows, out / "compare.json", out / "compare.png")
+    chosen = "int4(rotate=true)"
+    ids = key.hide(lm.tokenizer, lm.tokenizer.encode(text)[: tokens]) + key.question_tokens(lm.tokenizer)
+    answer = mj.generate(lm, ids, policy=chosen, max_new_tokens=12, cache_dtype="bfloat16")[0]
+    console = Console()
+    console.print(f"\nAsked for the pass key ({key.key}) at the end of the text, the model answers from the {chosen} cache:")
+    console.print(f"  [bold]The secret pass key is{answer.text}[/]", highlight=False)
+    console.print(f"Wrote {out / 'compare.json'} and {out / 'compare.png'}.")
+
+
+if __name__ == "__main__":
+    main()

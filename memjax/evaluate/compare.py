@@ -1,0 +1,221 @@
+"""What policies cost in quality and in bytes, measured on a text that is read as it would be generated.
+
+Every policy and an uncompressed reference read the text side by side, chunk by chunk, each through its own cache: what
+was compressed stays compressed, so errors accumulate as they do in use. In the *static* setting of quantization papers
+new tokens are compressed before they are read, which no user does and which is harsher on the codec.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from memjax.cache.ledger import dense_nbytes_per_token, nbytes
+from memjax.cache.policy import CachePolicy, ModelCache, Policy
+from memjax.evaluate.passkey import Passkey
+from memjax.generate.loop import LoopState, decode_block
+from memjax.generate.sampling import Sampler
+from memjax.models.decoder import Decoder
+from memjax.models.load import LanguageModel
+
+GREEDY = Sampler()
+Row = dict[str, object]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a comparison is run.
+
+    Args:
+      chunk: tokens read at a time.
+      cache_dtype: dtype of what a policy does not quantize; the reference keeps the dtype of the weights.
+      decode_tokens: tokens generated after the text, for the speed of decoding; 0: none.
+      static: compress tokens before they are read.
+
+    Raises:
+      ValueError: a number out of range.
+    """
+
+    chunk: int = 128
+    cache_dtype: str = "bfloat16"
+    decode_tokens: int = 16
+    static: bool = False
+
+    def __post_init__(self):
+        if self.chunk < 1 or self.decode_tokens < 0:
+            raise ValueError(f"compare needs chunk >= 1 and decode_tokens >= 0, got {self.chunk}, {self.decode_tokens}")
+
+
+def compare(
+    model: LanguageModel,
+    tokens: Sequence[int],
+    policies: Sequence[Policy],
+    setup: Setup | None = None,
+    passkey: Passkey | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """One row of measurements per policy, in the order given.
+
+    Args:
+      tokens: ids of the text; at least two.
+      passkey: the key that was hidden in the text, to be asked for after it.
+      progress: called after each step with what was done.
+
+    Returns:
+      Rows with the keys policy, tokens, bytes_device, bytes_host, bytes_disk, bits_per_value (of the coded history, scales
+      and padding included), compression (bytes of a 16-bit cache of the same capacity over all bytes of this one),
+      kld_mean, kld_p95 (nats per token, reference to policy), top1, ppl, prefill_tokens_per_s, decode_tokens_per_s,
+      simulated; bytes_windows, bits_total and how the run was set up besides.
+
+    Raises:
+      ValueError: no policies, a text too short, or a policy that cannot serve the model; before anything is computed.
+    """
+    setup = setup or Setup()
+    if not policies:
+        raise ValueError("compare needs at least one policy")
+    if len(tokens) < 2:
+        raise ValueError(f"compare needs a text of at least 2 tokens, got {len(tokens)}")
+    question = passkey.question_tokens(model.tokenizer) if passkey else [int(tokens[-1])]
+    new = max(setup.decode_tokens, passkey.answer_length(model.tokenizer) if passkey else 0)
+    capacity = len(tokens) + len(question) + new
+    reader = _Reader(model, capacity, setup)
+    runs = [reader.start(policy, setup.cache_dtype, setup.static) for policy in policies]
+    reference = reader.start(CachePolicy(), None, False)
+    ids = jnp.asarray(tokens, jnp.int32)
+    for start in range(0, len(tokens), setup.chunk):
+        piece = ids[start : start + setup.chunk]
+        following = ids[start + 1 : start + 1 + setup.chunk]
+        wanted = reader.logits(reader.read(reference, piece), len(piece))
+        for run in runs:
+            run.measure(wanted, reader.logits(reader.read(run, piece), len(piece)), following)
+        if progress is not None:
+            progress(f"{min(start + setup.chunk, len(tokens))} of {len(tokens)} tokens")
+    rows = []
+    for run in runs:
+        ledger_bytes = nbytes(run.cache)
+        answer = reader.decode(run, question, new) if new else []
+        rows.append(_row(model, run, ledger_bytes, len(tokens), capacity, setup))
+        if passkey is not None:
+            rows[-1] |= passkey.judge(model.tokenizer, answer)
+        if progress is not None:
+            progress(f"{run.policy} done")
+    return rows
+
+
+class _Run:
+    """One policy on its way through the text."""
+
+    def __init__(self, policy: Policy, cache: ModelCache, step):
+        self.policy, self.cache, self.step = policy, cache, step
+        self.kld: list[np.ndarray] = []
+        self.agree: list[np.ndarray] = []
+        self.nll: list[np.ndarray] = []
+        self.read_tokens, self.read_seconds, self.decode_rate = 0, 0.0, math.nan
+
+    def measure(self, wanted: Array, found: Array, following: Array) -> None:
+        kld, agree, nll = (np.asarray(x) for x in _metrics(wanted, found, following))
+        self.kld.append(kld)
+        self.agree.append(agree)
+        self.nll.append(nll)
+
+
+class _Reader:
+    """Compiled steps of one model, shared by all runs."""
+
+    def __init__(self, model: LanguageModel, capacity: int, setup: Setup):
+        self.model, self.capacity, self.setup = model, capacity, setup
+        self._logits = jax.jit(lambda decoder, hidden: decoder.logits(hidden))
+
+    def start(self, policy: Policy, dtype: str | None, static: bool) -> _Run:
+        cache = self.model.init_cache(policy, 1, self.capacity, dtype)
+
+        def step(decoder: Decoder, cache: ModelCache, tokens: Array, lengths: Array):
+            return decoder(tokens, cache, lengths, compress_first=static)
+
+        tokens = jnp.zeros((1, self.setup.chunk), jnp.int32)
+        compiled = jax.jit(step, donate_argnums=1).lower(self.model.decoder, cache, tokens, jnp.ones((1,), jnp.int32))
+        return _Run(policy, cache, compiled.compile())
+
+    def read(self, run: _Run, piece: Int[Array, "T"]) -> Float[Array, "1 C D"]:
+        padded = jnp.pad(piece, (0, self.setup.chunk - len(piece)))[None]
+        begin = time.perf_counter()
+        hidden, run.cache = run.step(self.model.decoder, run.cache, padded, jnp.asarray([len(piece)], jnp.int32))
+        hidden.block_until_ready()
+        run.read_seconds += time.perf_counter() - begin
+        run.read_tokens += len(piece)
+        return hidden
+
+    def logits(self, hidden: Float[Array, "1 C D"], count: int) -> Float[Array, "T V"]:
+        return self._logits(self.model.decoder, hidden)[0, :count]
+
+    def decode(self, run: _Run, question: list[int], new: int) -> list[int]:
+        """Reads the question, generates ``new`` tokens greedily, and times the generation."""
+        model, ids = self.model, jnp.asarray(question, jnp.int32)
+        for start in range(0, len(question), self.setup.chunk):
+            piece = ids[start : start + self.setup.chunk]
+            logits = self.logits(self.read(run, piece), len(piece))[-1:]
+        state = LoopState(
+            run.cache, logits, jax.random.key(0)[None], None, jnp.asarray([new], jnp.int32), jnp.zeros((0,), jnp.int32)
+        )
+        compiled = decode_block.lower(model.decoder, state, sampler=GREEDY, block=new).compile()
+        jax.block_until_ready(state)
+        begin = time.perf_counter()
+        state, out = compiled(model.decoder, state)
+        sampled = np.asarray(out)[0]
+        run.decode_rate = new / (time.perf_counter() - begin)
+        return [int(token) for token in sampled]
+
+
+@jax.jit
+def _metrics(wanted: Float[Array, "T V"], found: Float[Array, "T V"], following: Int[Array, "F"]):
+    """KL divergence and top-1 agreement per position; negative log-likelihood where a next token is known."""
+    reference, policy = jax.nn.log_softmax(wanted), jax.nn.log_softmax(found)
+    kld = jnp.sum(jnp.exp(reference) * (reference - policy), axis=-1)
+    agree = jnp.argmax(wanted, axis=-1) == jnp.argmax(found, axis=-1)
+    nll = -jnp.take_along_axis(policy[: following.shape[0]], following[:, None], axis=-1)[:, 0]
+    return kld, agree, nll
+
+
+def _row(model: LanguageModel, run: _Run, held, tokens: int, capacity: int, setup: Setup) -> Row:
+    kld, agree, nll = (np.concatenate(x) for x in (run.kld, run.agree, run.nll))
+    specs = model.decoder.cache_specs(1, capacity)
+    sixteen_bit = capacity * dense_nbytes_per_token(specs)
+    values = capacity * sum(spec.values_per_token for spec in specs)
+    return {
+        "policy": str(run.policy),
+        "tokens": tokens,
+        "bytes_device": held.device,
+        "bytes_host": held.host,
+        "bytes_disk": held.disk,
+        "bits_per_value": _number(held.bits_per_value),
+        "compression": sixteen_bit / held.total,
+        "kld_mean": float(kld.mean(dtype=np.float64)),
+        "kld_p95": float(np.percentile(kld, 95)),
+        "top1": float(agree.mean()),
+        "ppl": float(np.exp(nll.mean(dtype=np.float64))),
+        "prefill_tokens_per_s": run.read_tokens / run.read_seconds,
+        "decode_tokens_per_s": _number(run.decode_rate),
+        "simulated": run.policy.simulated(),
+        "bytes_windows": held.windows,
+        "bits_total": 8 * held.total / values,
+        "capacity": capacity,
+        "chunk": setup.chunk,
+        "cache_dtype": setup.cache_dtype,
+        "setting": "static" if setup.static else "accumulated",
+        "model": model.name,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value

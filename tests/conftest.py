@@ -1,0 +1,68 @@
+"""How every test runs: on eight virtual CPU devices and under strict dtype promotion.
+
+JAX_PLATFORMS=cuda,cpu runs the suite on a GPU, JAX_COMPILATION_CACHE_DIR=... keeps compiled programs between
+runs; neither is the default, so that a run depends on nothing but the code. Eight devices share the cores of
+the machine: a test that times computation has to do it in a subprocess without XLA_FLAGS.
+"""
+
+import os
+
+VIRTUAL_DEVICES = 8
+
+# Before jax is imported, and as environment variables, so that subprocesses of a test run in the same way.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+FLAG = f"--xla_force_host_platform_device_count={VIRTUAL_DEVICES}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_configure(config):
+    found = jax.device_count("cpu")
+    if found != VIRTUAL_DEVICES:
+        raise pytest.UsageError(
+            f"the tests need {VIRTUAL_DEVICES} virtual CPU devices, found {found}: "
+            "a pytest plugin used jax before tests/conftest.py could set XLA_FLAGS"
+        )
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model that the package index carries."""
+    import memjax as mj
+
+    return mj.load("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A random decoder of four layers, without a tokenizer: rotary, NoPE and sliding-window layers."""
+    from flax import nnx
+
+    from memjax.attention.rope import Rope
+    from memjax.models.config import ModelConfig
+    from memjax.models.decoder import Decoder
+    from memjax.models.load import LanguageModel
+
+    config = ModelConfig(
+        family="llama",
+        vocab=61,
+        width=32,
+        layers=4,
+        q_heads=4,
+        kv_heads=2,
+        head_dim=16,
+        mlp_width=48,
+        norm_eps=1e-5,
+        max_position=256,
+        ropes=(Rope(16), Rope(16), None, Rope(16)),
+        windows=(None, None, None, 24),
+        tied=True,
+    )
+    decoder = Decoder(config, rngs=nnx.Rngs(0))
+    return LanguageModel("tiny", decoder, None, eos_ids=(60,))
