@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from dataclasses import dataclass
 
@@ -68,15 +69,20 @@ def qkv(seed: int, batch=BATCH, tokens=TOKENS, heads=HEADS, groups=GROUPS, dim=D
     return tuple(draw(shape).astype(np.float32) for shape in shapes)
 
 
+TRACES = collections.Counter()  # of ``step``, by cache policy, spec and chunk size
+
+
 @quick_jit
 def step(cache, q, k, v, lengths=None):
     """update, then attend: one chunk."""
+    if lengths is None:
+        TRACES[cache.policy, cache.spec, q.shape[1]] += 1
     return mj.attend(mj.update(cache, k, v, lengths), q)
 
 
-def run(policy, spec, tokens, sizes):
+def run(cache, tokens, sizes):
     """Outputs [B, T, N, H] of tokens (q, k, v) that come in chunks of ``sizes``, and the cache."""
-    cache, outs, start = policy.init(spec), [], 0
+    outs, start = [], 0
     for size in sizes:
         out, cache = step(cache, *(x[:, start : start + size] for x in tokens))
         outs.append(np.asarray(out))
@@ -125,7 +131,7 @@ def dense_oracle(tokens, theta=ROPE.theta, window=None, softcap=None) -> np.ndar
     return as_output(numpy_softmax(scores, mask) @ v)
 
 
-def oracle(row: Row, tokens, sizes, theta=ROPE.theta) -> np.ndarray:
+def oracle(row: Row, tokens, sizes, theta=ROPE.theta, model_window=None) -> np.ndarray:
     """What attention over the compressed cache has to give when tokens come in chunks of ``sizes``.
 
     A query reads a token exactly if it is a sink, or came in the query's own chunk, or was among the ``recent`` last
@@ -148,7 +154,11 @@ def oracle(row: Row, tokens, sizes, theta=ROPE.theta) -> np.ndarray:
         sinks, window = row.evict
         mask &= (distance < window) | (t < sinks)
         if not row.text_positions:
-            scores = np.where(t < sinks, scores_at(np.minimum(t, sinks + window - 1)), scores)
+            moved = np.minimum(t, sinks + window - 1)
+            scores = np.where(t < sinks, scores_at(moved), scores)
+            distance = np.where(t < sinks, moved[:, None] - t, distance)
+    if model_window is not None:
+        mask &= distance < model_window
     weights = numpy_softmax(scores / np.sqrt(q.shape[-1]), mask)
     return as_output((weights * exact) @ v + (weights * ~exact) @ v_lossy)
 

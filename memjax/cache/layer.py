@@ -123,7 +123,8 @@ def update(
     Args:
       k: keys, not yet rotated if ``spec.rope`` is a ``Rope``. For a latent stream [B, T, 1, latent + rotary part].
       v: values; None for a latent stream.
-      lengths: how many of the T tokens of each row are real, for ragged batches; the others, on the right, are ignored.
+      lengths: how many of the T tokens of each row are real, for ragged batches; the others, on the right, are ignored,
+        whatever they hold.
 
     Returns:
       The cache with the tokens staged. Tokens staged before are committed first.
@@ -132,9 +133,15 @@ def update(
       ValueError: shapes that do not fit the spec.
     """
     spec = cache.spec
-    _check_new_tokens(spec, k, v)
+    _check_new_tokens(spec, k, v, lengths)
     cache = commit(cache)
-    count = jnp.full((spec.batch,), k.shape[1], jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    if lengths is None:
+        count = jnp.full((spec.batch,), k.shape[1], jnp.int32)
+    else:
+        count = lengths.astype(jnp.int32)
+        real = (jnp.arange(k.shape[1], dtype=jnp.int32) < count[:, None])[..., None, None]
+        # A NaN in the padding would reach real outputs as 0 * NaN.
+        k, v = jnp.where(real, k, 0), None if v is None else jnp.where(real, v, 0)
     if isinstance(spec.rope, Rope):
         k = apply_rope(k, staged_positions(cache, k.shape[1]), spec.rope, spec.capacity)
     k = jnp.swapaxes(k, 1, 2)
@@ -146,7 +153,9 @@ def update(
     return dataclasses.replace(cache, staged=staged, staged_count=count)
 
 
-def _check_new_tokens(spec: CacheSpec, k: Array, v: Array | None) -> None:
+def _check_new_tokens(spec: CacheSpec, k: Array, v: Array | None, lengths: Array | None) -> None:
+    if lengths is not None and lengths.shape != (spec.batch,):
+        raise ValueError(f"update needs lengths of shape [{spec.batch}], one per row, got {list(lengths.shape)}")
     expected = (spec.batch, spec.kv_heads, spec.head_dim)
     if k.ndim != 4 or (k.shape[0], *k.shape[2:]) != expected:
         raise ValueError(

@@ -89,7 +89,8 @@ def _evict(cache: LayerCache, scores: Array, budget: int, room: int) -> LayerCac
         raise ValueError(f"evict needs scores [batch, kv_heads or 1, {slots}], got {list(scores.shape)}")
     pos = jnp.broadcast_to(history_positions(cache), (cache.spec.batch, heads, slots))
     chosen = _top_slots(jnp.broadcast_to(scores, pos.shape), pos >= 0, budget)
-    kept = jnp.minimum(cache.written, budget)
+    # A row that has lost tokens to an overflow must stay one: more written than there are slots.
+    kept = jnp.where(cache.written > slots, budget + room + 1, jnp.minimum(cache.written, budget))
 
     def take(leaf: Array, fill: int = 0) -> Array:
         index = chosen.reshape(*chosen.shape, *(1,) * (leaf.ndim - 3))

@@ -20,7 +20,7 @@ def table(rows: Sequence[Row]) -> Table:
     headers = ["policy", "device KiB", "host KiB", "bits/value", "x smaller", "KLD mean", "KLD p95", "top-1", "ppl"]
     headers += ["read tok/s", "decode tok/s"] + (["pass key"] if retrieval else [])
     for i, header in enumerate(headers):
-        shown.add_column(header, justify="left" if i == 0 else "right", overflow="fold")
+        shown.add_column(header, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         cells = [
             str(row["policy"]),
@@ -84,7 +84,11 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
     axes.set_ylim(min(losses) / 2.5, max(losses) * 2.5)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    axes.scatter(sizes, losses, s=55, color="#1f5fa8", zorder=3)
+    lost = [row.get("passkey_found") is False for row in rows]
+    colours = ["white" if each else "#1f5fa8" for each in lost]
+    axes.scatter(sizes, losses, s=55, c=colours, edgecolors="#1f5fa8", linewidths=1.6, zorder=3)
+    if any(lost):
+        axes.text(0.01, 0.015, "hollow: could not tell the pass key", transform=axes.transAxes, fontsize=9)
     figure.canvas.draw()
     _label(axes, [str(row["policy"]) for row in rows], sizes, losses)
     figure.savefig(path, dpi=140)
@@ -117,3 +121,17 @@ def _label(axes, names: Sequence[str], xs: Sequence[float], ys: Sequence[float])
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The main columns as a Markdown table."""
+    header = "| policy | cache bytes | bits/value | x smaller | KL divergence | top-1 | perplexity | pass key |"
+    lines = [header, "|---|--:|--:|--:|--:|--:|--:|---|"]
+    for row in rows:
+        total = row["bytes_device"] + row["bytes_host"] + row["bytes_disk"]
+        found = {True: "found", False: "lost", None: "-"}[row.get("passkey_found")]
+        lines.append(
+            f"| `{row['policy']}` | {total:,} | {_show(row['bits_per_value'], '.2f')} | {row['compression']:.2f} | "
+            f"{row['kld_mean']:.2g} | {row['top1']:.3f} | {row['ppl']:.2f} | {found} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""The command line, in this process: output, files, and what bad input gets."""
+
+import json
+import sys
+
+import pytest
+
+from memjax import cli
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Exit status, stdout and stderr of ``memjax ARGUMENTS``."""
+    monkeypatch.setattr(sys, "argv", ["memjax", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+        sys.exit(0)
+    captured = capsys.readouterr()
+    return exited.value.code or 0, captured.out, captured.err
+
+
+def test_generate_prints_the_text_and_the_bytes(monkeypatch, capsys):
+    arguments = ["--prompt", "The capital of Japan is", "--policy", "int8", "--max-new-tokens", 8]
+    status, out, err = run(monkeypatch, capsys, "generate", *arguments)
+    assert status == 0
+    assert out.startswith("The capital of Japan is Tokyo")
+    assert "bytes on the device" in err
+
+
+def test_compare_prints_and_saves_a_row_per_policy(monkeypatch, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It is a truth universally acknowledged, that a single man in possession of a good fortune. " * 20)
+    policies = ["--policy", "int4+protect(4,16)", "--policy", "streaming(4,28)"]
+    files = ["--json", tmp_path / "rows.json", "--plot", tmp_path / "plot.png"]
+    options = ["--tokens", 128, "--chunk", 64, "--decode-tokens", 0, "--protect-layers", 2, *policies, *files]
+    status, out, _ = run(monkeypatch, capsys, "compare", "--text-file", text, *options)
+    assert status == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["policy"].split(";")[0] for row in rows] == ["int4+protect(4,16)", "streaming(4,28)"]
+    assert all("dense on layers" in row["policy"] for row in rows)
+    assert "int4" in out
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--prompt", ""], "not an empty prompt"),
+        (["generate", "--prompt", "x", "--policy", "int5"], "unknown policy 'int5'"),
+        (["generate", "--prompt", "x", "--policy", "int4(bits=3)"], "does not take 'bits=3'"),
+        (["generate", "--prompt", "x", "--policy", "streaming(4,-1)"], "window of at least 1"),
+        (["generate", "--prompt", "x", "--temperature", "-1"], "temperature must be at least 0"),
+        (["generate", "--prompt", "x", "--model", "nowhere.gguf"], "no GGUF file at nowhere.gguf"),
+        (["generate", "--prompt", "x", "--model", "nowhere"], "no model 'nowhere'"),
+        (["generate", "--prompt-file", "nowhere.txt"], "no text file at nowhere.txt"),
+        (["compare", "--text-file", "nowhere.txt", "--policy", "dense"], "no text file at nowhere.txt"),
+        (["compare", "--text-file", "x", "--policy", "dense", "--json", "no/where.json"], "no folder"),
+        (["compare", "--text-file", "x", "--policy", "dense", "--chunk", "0"], "chunk >= 1"),
+        (["compare", "--text-file", "x", "--policy", "dense", "--protect-layers", "-1"], "count >= 0"),
+    ],
+)
+def test_bad_input_ends_in_one_line(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert err.lstrip().startswith("error: ")
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
