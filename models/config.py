@@ -96,7 +96,7 @@ class ModelConfig:
             _need(config, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
         )
         head_dim = config.get("head_dim") or width // heads
-        rope = _hf_rope(config, family, head_dim)
+        ropes = _hf_ropes(config, family, _hf_rope(config, family, head_dim), layers)
         bias = family == "qwen2" or bool(config.get("attention_bias", False))
         eos = config.get("eos_token_id")
         return cls(
@@ -110,8 +110,8 @@ class ModelConfig:
             mlp_width=_need(config, "intermediate_size"),
             norm_eps=float(_need(config, "rms_norm_eps")),
             max_position=_need(config, "max_position_embeddings"),
-            ropes=_hf_ropes(config, family, rope, layers),
-            windows=_hf_windows(config, family, layers),
+            ropes=ropes,
+            windows=_hf_windows(config, family, ropes),
             tied=bool(config.get("tie_word_embeddings", family == "smollm3")),
             qkv_bias=bias,
             out_bias=bias and family != "qwen2",
@@ -221,17 +221,23 @@ def _hf_ropes(config: Mapping[str, Any], family: str, rope: Rope, layers: int) -
     return tuple(rope if flag else None for flag in flags)
 
 
-def _hf_windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
+def _hf_windows(
+    config: Mapping[str, Any], family: str, ropes: tuple[Rope | None, ...]
+) -> tuple[int | None, ...]:
+    window, layers = config.get("sliding_window"), len(ropes)
     if family == "llama" or (family != "mistral" and not config.get("use_sliding_window", False)) or window is None:
         return (None,) * layers
     kinds = config.get("layer_types")
     if kinds is not None:
         if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
             raise ValueError(f"layer_types must name full_attention or sliding_attention for each of {layers} layers")
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    first = config.get("max_window_layers", 0) if family in ("qwen2", "qwen3") else 0
-    return tuple(window if i >= first else None for i in range(layers))
+        slides = [kind == "sliding_attention" for kind in kinds]
+    elif family == "smollm3":
+        slides = [rope is None for rope in ropes]
+    else:
+        first = 0 if family == "mistral" else config.get("max_window_layers", 28)
+        slides = [i >= first for i in range(layers)]
+    return tuple(window if slide else None for slide in slides)
 
 
 def _gguf_rope(

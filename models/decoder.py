@@ -6,6 +6,7 @@ A decoder is a pytree: pass it to ``jax.jit`` as an argument. It owns no cache; 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -125,11 +126,8 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Embed(config.vocab, config.width, dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Layer(config, i, dtype, rngs) for i in range(config.layers)])
         self.norm = RMSNorm(config.width, config.norm_eps, dtype)
-        self.head = None
-        if not config.tied:
-            self.head = nnx.Linear(
-                config.width, config.vocab, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
-            )
+        head = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.head = None if config.tied else head(config.width, config.vocab)
 
     def __call__(
         self,

@@ -44,6 +44,7 @@ ROWS = [
     Row("protect(4,8)"),
     Row("int8", Int8(), 4, 64),
     Row("int8+protect(0,0)", Int8(), bound=INT8),
+    Row("int8+protect(2,8)", Int8(), 2, 8, bound=INT8),
     Row("int8(rotate=true)+protect(2,8)", Int8(True), 2, 8, bound=INT8),
     Row("int4+protect(2,0)", Int4(), 2, 0, bound=INT4),
     Row("int4(rotate=true)+protect(0,8)", Int4(True), 0, 8, bound=INT4),
@@ -60,6 +61,11 @@ ROWS = [
     Row("streaming(4,24)+int4+protect(2,8)+host(8,4)", Int4(), 4, 8, (4, 24), bound=INT4),
 ]
 row_id = "{0.text}".format
+
+
+def row(text: str) -> Row:
+    """A row of the table by its policy."""
+    return next(each for each in ROWS if each.text == text)
 
 
 def qkv(seed: int, batch=BATCH, tokens=TOKENS, heads=HEADS, groups=GROUPS, dim=DIM):
@@ -90,8 +96,10 @@ def run(cache, tokens, sizes):
     return np.concatenate(outs, axis=1), cache
 
 
-def numpy_rope(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
-    """Half-split rotary embedding of all channels; x [..., T, H], positions [T]."""
+def numpy_rope(x: np.ndarray, positions: np.ndarray, theta: float | None) -> np.ndarray:
+    """Half-split rotary embedding of all channels; x [..., T, H], positions [T]; theta None: none."""
+    if theta is None:
+        return x
     half = x.shape[-1] // 2
     angle = positions[:, None] * theta ** (-np.arange(half) / half)
     a, b = x[..., :half], x[..., half:]

@@ -98,5 +98,7 @@ def _one_block(q, k, v, q_pos, k_pos, q_extra, k_extra, *, scale, softcap=None, 
     weights = probs if values.scale is None else probs * values.scale.astype(jnp.float32)[:, :, None, :]
     # Empty slots may hold anything, a NaN scale included: their weight is zero, not 0 * NaN.
     weights = jnp.where(mask, weights, 0.0)
-    out = _dot(weights.astype(q.dtype), values.levels(q.dtype), (3, 2))
+    # A probability times a scale is too small for float16.
+    dtype = jnp.float32 if q.dtype == jnp.float16 and values.scale is not None else q.dtype
+    out = _dot(weights.astype(dtype), values.levels(dtype), (3, 2))
     return out / jnp.where(total > 0, total, 1.0)[..., None], peak + jnp.log(total)

@@ -1,0 +1,126 @@
+"""Every family and every rotary variant against Hugging Face transformers, through checkpoints in its own format.
+
+The golden files are made by tests/goldens/make_logits.py; tests/goldens/README.md describes them.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memjax as mj
+from memjax.models.config import FAMILIES, ModelConfig
+from memjax.models.load import load
+
+GOLDENS = Path(__file__).parent / "goldens"
+VARIANTS = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
+TOLERANCE = 1e-4
+CHUNK, CHUNKS = 20, 3  # the rest of the text is decoded token by token
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def golden(request):
+    folder = GOLDENS / request.param
+    return load(folder, "float32"), dict(np.load(folder / "logits.npz"))
+
+
+@jax.jit
+def forward(decoder, tokens):
+    return decoder.logits(decoder(tokens)[0])
+
+
+def through_the_cache(decoder, tokens, lengths, specs):
+    """Ragged: chunks, then single tokens; row b ends after lengths[b] tokens."""
+    cache, outputs = mj.policy("dense").init(specs), []
+    for start in range(0, CHUNK * CHUNKS, CHUNK):
+        count = jnp.clip(lengths - start, 0, CHUNK)
+        hidden, cache = decoder(tokens[:, start : start + CHUNK], cache, count)
+        outputs.append(decoder.logits(hidden))
+
+    def step(cache, inputs):
+        position, token = inputs
+        hidden, cache = decoder(token[:, None], cache, (position < lengths).astype(jnp.int32))
+        return cache, decoder.logits(hidden[:, 0])
+
+    positions = jnp.arange(CHUNK * CHUNKS, tokens.shape[1])
+    _, decoded = jax.lax.scan(step, cache, (positions, tokens[:, CHUNK * CHUNKS :].T))
+    return jnp.concatenate([*outputs, decoded.swapaxes(0, 1)], axis=1)
+
+
+def test_every_family_has_a_golden_file():
+    assert {json.loads((GOLDENS / v / "config.json").read_text())["model_type"] for v in VARIANTS} == set(FAMILIES)
+    kinds = {rope.kind for v in VARIANTS for rope in config_of(v).ropes if rope is not None}
+    assert kinds == {"default", "linear", "dynamic", "llama3", "yarn", "longrope"}
+
+
+def config_of(variant: str, file: str = "config.json") -> ModelConfig:
+    return ModelConfig.from_hf(json.loads((GOLDENS / variant / file).read_text()))
+
+
+def test_logits_equal_transformers(golden):
+    model, arrays = golden
+    found = np.asarray(forward(model.decoder, arrays["tokens"]))
+    assert np.abs(found - arrays["logits"]).max() <= TOLERANCE
+    for name in (name for name in arrays if name.startswith("logits_")):
+        length = int(name.removeprefix("logits_"))
+        alone = np.asarray(forward(model.decoder, arrays["tokens"][:1, :length]))
+        assert np.abs(alone - arrays[name]).max() <= TOLERANCE
+
+
+def test_chunks_and_decoding_of_a_ragged_batch_equal_transformers(golden):
+    model, arrays = golden
+    tokens, lengths = jnp.asarray(arrays["tokens"]), jnp.asarray(arrays["lengths"])
+    specs = model.decoder.cache_specs(*tokens.shape)
+    found = np.asarray(jax.jit(through_the_cache, static_argnums=3)(model.decoder, tokens, lengths, specs))
+    for row, length in enumerate(arrays["lengths"]):
+        assert np.abs(found[row, :length] - arrays["logits"][row, :length]).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("path", sorted(GOLDENS.glob("*/config_v4*.json")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_both_spellings_of_a_configuration_are_the_same_model(path):
+    new, old = config_of(path.parent.name), config_of(path.parent.name, path.name)
+    frequencies = [rope and rope.inv_freq(80).tolist() for rope in new.ropes]
+    assert frequencies == [rope and rope.inv_freq(80).tolist() for rope in old.ropes]
+    assert dataclasses.replace(old, ropes=new.ropes) == new
+
+
+def test_greedy_generation_equals_transformers():
+    golden = np.load(GOLDENS / "llama_default" / "greedy.npz")
+    model = dataclasses.replace(load(GOLDENS / "llama_default", "float32"), eos_ids=())
+    found = mj.generate(model, golden["prompt"].tolist(), max_new_tokens=len(golden["tokens"]))
+    assert list(found[0].tokens) == golden["tokens"].tolist()
+
+
+def test_smollm2_equals_transformers(smollm2):
+    golden = np.load(GOLDENS / "smollm2_135m.npz")
+    tokens = jnp.asarray(golden["tokens"])[None]
+    log_probs = np.asarray(jax.nn.log_softmax(forward(smollm2.decoder, tokens)[0]))
+    assert np.abs(log_probs[:, golden["sample_ids"]] - golden["sample_logprobs"]).max() <= 2e-3
+    found = np.take_along_axis(log_probs, golden["top_ids"].astype(np.int64), axis=1)
+    assert np.abs(found - golden["top_logprobs"]).max() <= 2e-3
+    assert tokens.shape == (1, 512)
+
+
+def test_the_dense_cache_equals_no_cache_on_the_real_model(smollm2):
+    tokens = jnp.asarray(np.load(GOLDENS / "smollm2_135m.npz")["tokens"])[None, :160]
+    cache = smollm2.init_cache(mj.policy("dense"), 1, 160)
+    step = jax.jit(lambda decoder, cache, chunk: decoder(chunk, cache))
+    found = []
+    for start in (0, 80):
+        hidden, cache = step(smollm2.decoder, cache, tokens[:, start : start + 80])
+        found.append(hidden)
+    expected = jax.jit(lambda decoder, tokens: decoder(tokens)[0])(smollm2.decoder, tokens)
+    difference = jnp.abs(jnp.concatenate(found, axis=1) - expected).max()
+    assert difference <= 1e-5 * jnp.abs(expected).max()
+
+
+def test_bfloat16_weights_stay_close():
+    tokens = np.load(GOLDENS / "llama_default" / "logits.npz")["tokens"]
+    full, half = (load(GOLDENS / "llama_default", dtype).decoder for dtype in ("float32", "bfloat16"))
+    assert half.embedding.embedding[...].dtype == jnp.bfloat16
+    expected, found = (jax.nn.softmax(forward(decoder, tokens)) for decoder in (full, half))
+    assert float(jnp.abs(expected - found).sum(axis=-1).mean()) < 0.1
