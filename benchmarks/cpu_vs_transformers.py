@@ -370,7 +370,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32, help="tokens generated after it")
     parser.add_argument("--chunk", type=int, default=256, help="tokens that memjax prefills at a time")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--loops", nargs="+", default=["dynamic", "generate", "static", "compiled"])
+    parser.add_argument("--loops", nargs="+", default=["dynamic", "generate", "static"])
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu_vs_transformers.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from memjax.attention.rope import ROPE_KINDS, Rope
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+# As GGUF files name them: Mistral's checkpoints are stored as llama.
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "smollm3")
+_MOST_LAYERS = 10_000  # a file that claims more would cost memory before anything else could refuse it
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +58,9 @@ class ModelConfig:
         if self.family not in FAMILIES:
             raise ValueError(f"model family {self.family!r} is not one of {', '.join(FAMILIES)}")
         for name in ("vocab", "width", "layers", "q_heads", "kv_heads", "head_dim", "mlp_width", "max_position"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"a model needs {name} >= 1, got {getattr(self, name)!r}")
+            _checked_size(name, getattr(self, name))
+        if not (isinstance(self.norm_eps, float) and 0.0 < self.norm_eps < 1.0):
+            raise ValueError(f"a model needs norm_eps between 0 and 1, got {self.norm_eps!r}")
         if self.q_heads % self.kv_heads:
             raise ValueError(f"query heads ({self.q_heads}) must be a multiple of kv heads ({self.kv_heads})")
         if len(self.ropes) != self.layers or len(self.windows) != self.layers:
@@ -63,6 +68,9 @@ class ModelConfig:
                 f"a model of {self.layers} layers needs as many rope and window entries, "
                 f"got {len(self.ropes)} and {len(self.windows)}"
             )
+        for window in self.windows:
+            if window is not None:
+                _checked_size("every sliding window", window)
 
     def to_json(self) -> dict:
         """A JSON-compatible dict; ``from_json`` inverts it."""
@@ -70,13 +78,20 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """Inverts ``to_json``."""
+        """Inverts ``to_json``.
 
-        def rope(entry):
-            return entry and Rope(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+        Raises:
+          ValueError: a field is missing, unknown, or of an impossible value.
+        """
 
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**plain | {"ropes": tuple(rope(entry) for entry in data["ropes"])})
+        def plain(entry: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+
+        try:
+            ropes = tuple(None if entry is None else Rope(**plain(entry)) for entry in data["ropes"])
+            return cls(**plain(data) | {"ropes": ropes})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"this is no saved model configuration: {error}") from error
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -92,78 +107,103 @@ class ModelConfig:
             raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
         if config.get("quantization_config"):
             raise ValueError("checkpoints with a quantization_config are not supported; load unquantized weights or GGUF")
-        layers, heads, width = (
-            _need(config, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+        layers, heads, width, longest = (
+            _size(config, key)
+            for key in ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings")
         )
-        head_dim = config.get("head_dim") or width // heads
-        ropes = _hf_ropes(config, family, _hf_rope(config, family, head_dim), layers)
+        head_dim = _hf_head_dim(config, family, width, heads)
         bias = family == "qwen2" or bool(config.get("attention_bias", False))
-        eos = config.get("eos_token_id")
+        rotary = _hf_rotary_layers(config, family, layers)
+        rope = _hf_rope(config, family, head_dim, longest)
         return cls(
             family=family,
-            vocab=_need(config, "vocab_size"),
+            vocab=_size(config, "vocab_size"),
             width=width,
             layers=layers,
             q_heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
+            kv_heads=_hf_kv_heads(config, family, heads),
             head_dim=head_dim,
-            mlp_width=_need(config, "intermediate_size"),
-            norm_eps=float(_need(config, "rms_norm_eps")),
-            max_position=_need(config, "max_position_embeddings"),
-            ropes=ropes,
-            windows=_hf_windows(config, family, ropes),
+            mlp_width=_size(config, "intermediate_size"),
+            norm_eps=_number(config, "rms_norm_eps"),
+            max_position=longest,
+            ropes=tuple(rope if flag else None for flag in rotary),
+            windows=_hf_windows(config, family, rotary),
             tied=bool(config.get("tie_word_embeddings", family == "smollm3")),
             qkv_bias=bias,
             out_bias=bias and family != "qwen2",
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
-            bos_id=config.get("bos_token_id"),
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            bos_id=next(iter(token_ids(config.get("bos_token_id"))), None),
+            eos_ids=token_ids(config.get("eos_token_id")),
         )
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], tied: bool, freq_factors: tuple[float, ...] = ()) -> ModelConfig:
+    def from_gguf(
+        cls, metadata: Mapping[str, Any], tensors: Collection[str], freq_factors: tuple[float, ...] = ()
+    ) -> ModelConfig:
         """Reads GGUF metadata (keys as in the file).
 
         Args:
-          tied: the file has no output projection.
+          tensors: the file's own names of its tensors: they tell tied embeddings and biases.
           freq_factors: contents of the tensor rope_freqs.weight, if any.
 
         Raises:
-          ValueError: unknown architecture or a missing key.
+          ValueError: unknown architecture or rope scaling, a missing key, an impossible size.
         """
         family = metadata.get("general.architecture")
-        if family not in FAMILIES:
-            raise ValueError(f"GGUF architecture {family!r} is not supported; the supported ones are {', '.join(FAMILIES)}")
-
-        def need(key: str):
-            return _need(metadata, f"{family}.{key}")
-
-        layers, heads, width = need("block_count"), need("attention.head_count"), need("embedding_length")
-        head_dim = metadata.get(f"{family}.attention.key_length") or width // heads
-        rope = _gguf_rope(metadata, family, head_dim, need("context_length"), freq_factors)
-        # smollm3 files do not say which layers lack the rotary embedding: every fourth does.
-        ropes = tuple(None if family == "smollm3" and (i + 1) % 4 == 0 else rope for i in range(layers))
-        eos = {metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")} - {None}
+        if family not in GGUF_FAMILIES:
+            raise ValueError(
+                f"GGUF architecture {family!r} is not supported; the supported ones are {', '.join(GGUF_FAMILIES)}"
+            )
+        layers, heads, width, longest = (
+            _size(metadata, f"{family}.{key}")
+            for key in ("block_count", "attention.head_count", "embedding_length", "context_length")
+        )
+        head_dim = _size(metadata, f"{family}.attention.key_length", width // heads)
+        if _size(metadata, f"{family}.attention.value_length", head_dim) != head_dim:
+            raise ValueError(f"GGUF values whose length differs from the keys' ({head_dim}) are not supported for {family}")
+        vocab = metadata.get(f"{family}.vocab_size") or len(_need(metadata, "tokenizer.ggml.tokens"))
+        rope = _gguf_rope(metadata, family, head_dim, longest, freq_factors)
         return cls(
             family=family,
-            vocab=metadata.get(f"{family}.vocab_size") or len(_need(metadata, "tokenizer.ggml.tokens")),
+            vocab=_checked_size(f"{family}.vocab_size", vocab),
             width=width,
             layers=layers,
             q_heads=heads,
-            kv_heads=metadata.get(f"{family}.attention.head_count_kv") or heads,
+            kv_heads=_size(metadata, f"{family}.attention.head_count_kv", heads),
             head_dim=head_dim,
-            mlp_width=need("feed_forward_length"),
-            norm_eps=float(need("attention.layer_norm_rms_epsilon")),
-            max_position=need("context_length"),
-            ropes=ropes,
-            windows=(metadata.get(f"{family}.attention.sliding_window") or None,) * layers,
-            tied=tied,
-            qkv_bias=family == "qwen2",
+            mlp_width=_size(metadata, f"{family}.feed_forward_length"),
+            norm_eps=_number(metadata, f"{family}.attention.layer_norm_rms_epsilon"),
+            max_position=longest,
+            # smollm3 files do not say which layers lack the rotary embedding: every fourth does.
+            ropes=tuple(None if family == "smollm3" and (i + 1) % 4 == 0 else rope for i in range(layers)),
+            windows=_gguf_windows(metadata, family, layers),
+            tied="output.weight" not in tensors,
+            qkv_bias=family == "qwen2" or "blk.0.attn_q.bias" in tensors,
+            out_bias="blk.0.attn_output.bias" in tensors,
+            mlp_bias="blk.0.ffn_up.bias" in tensors,
             qk_norm=family == "qwen3",
             bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
-            eos_ids=tuple(sorted(eos)),
+            eos_ids=gguf_eos_ids(metadata),
         )
+
+
+def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """The ids of a configuration's bos_token_id or eos_token_id: one, several or none.
+
+    Raises:
+      ValueError: anything else.
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(f"token ids must be integers >= 0, got {value!r}")
+    return tuple(ids)
+
+
+def gguf_eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end a text, a turn or a message, sorted."""
+    ids = {metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")} - {None}
+    return tuple(sorted(ids))
 
 
 def _need(config: Mapping[str, Any], key: str):
@@ -173,10 +213,44 @@ def _need(config: Mapping[str, Any], key: str):
     return value
 
 
-def _hf_rope(config: Mapping[str, Any], family: str, head_dim: int) -> Rope:
+def _checked_size(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise ValueError(f"a model needs {name} to be an integer >= 1, got {value!r}")
+    if name.endswith(("layers", "block_count")) and value > _MOST_LAYERS:
+        raise ValueError(f"{name} is {value}; at most {_MOST_LAYERS} layers are accepted")
+    return value
+
+
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    if default is not None and config.get(key) is None:
+        return default
+    return _checked_size(key, _need(config, key))
+
+
+def _number(config: Mapping[str, Any], key: str) -> float:
+    value = _need(config, key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"a model needs {key} to be a finite number, got {value!r}")
+    return float(value)
+
+
+def _hf_head_dim(config: Mapping[str, Any], family: str, width: int, heads: int) -> int:
+    # Qwen3's heads are wider than width / heads; its class default is no fact about a checkpoint.
+    return _size(config, "head_dim", None if family == "qwen3" else width // heads)
+
+
+def _hf_kv_heads(config: Mapping[str, Any], family: str, heads: int) -> int:
+    if "num_key_value_heads" not in config and family != "llama":
+        raise ValueError(f"the configuration of a {family} model lacks 'num_key_value_heads'")
+    return _size(config, "num_key_value_heads", heads)
+
+
+def _hf_rope(config: Mapping[str, Any], family: str, head_dim: int, longest: int) -> Rope:
     """One rope from either spelling: rope_parameters (transformers 5) or rope_theta + rope_scaling (4)."""
     new = config.get("rope_parameters")
-    given = dict(new or config.get("rope_scaling") or {})
+    given = new if new is not None else config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"rope_parameters and rope_scaling must be objects, got {given!r}")
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in ROPE_KINDS:
         raise ValueError(f"rope type {kind!r} is not supported; the supported ones are {', '.join(ROPE_KINDS)}")
@@ -188,7 +262,6 @@ def _hf_rope(config: Mapping[str, Any], family: str, head_dim: int) -> Rope:
         theta = 10000.0
     if given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("partial_rotary_factor other than 1 is not supported")
-    longest = _need(config, "max_position_embeddings")
     original = longest
     if kind in ("llama3", "yarn", "longrope"):
         original = config.get("original_max_position_embeddings") or given.get(
@@ -209,35 +282,49 @@ def _hf_rope(config: Mapping[str, Any], family: str, head_dim: int) -> Rope:
     )
 
 
-def _hf_ropes(config: Mapping[str, Any], family: str, rope: Rope, layers: int) -> tuple[Rope | None, ...]:
+def _hf_rotary_layers(config: Mapping[str, Any], family: str, layers: int) -> list[bool]:
     if family != "smollm3":
-        return (rope,) * layers
+        return [True] * layers
     flags = config.get("no_rope_layers")  # despite the name: 1 = the layer has a rotary embedding
     if flags is None:
-        interval = config.get("no_rope_layer_interval", 4)
-        flags = [int((i + 1) % interval != 0) for i in range(layers)]
-    if len(flags) != layers:
-        raise ValueError(f"no_rope_layers has {len(flags)} entries for {layers} layers")
-    return tuple(rope if flag else None for flag in flags)
+        interval = _size(config, "no_rope_layer_interval", 4)
+        return [(i + 1) % interval != 0 for i in range(layers)]
+    if not isinstance(flags, list) or len(flags) != layers or set(flags) - {0, 1}:
+        raise ValueError(f"no_rope_layers needs {layers} entries of 0 or 1, one per layer, got {flags!r}")
+    return [bool(flag) for flag in flags]
 
 
-def _hf_windows(
-    config: Mapping[str, Any], family: str, ropes: tuple[Rope | None, ...]
-) -> tuple[int | None, ...]:
-    window, layers = config.get("sliding_window"), len(ropes)
-    if family == "llama" or (family != "mistral" and not config.get("use_sliding_window", False)) or window is None:
+def _hf_windows(config: Mapping[str, Any], family: str, rotary: list[bool]) -> tuple[int | None, ...]:
+    layers, kinds = len(rotary), config.get("layer_types")
+    if kinds is not None and (len(kinds) != layers or set(kinds) - {_SLIDING, _FULL}):
+        raise ValueError(f"layer_types must name {_FULL} or {_SLIDING} for each of {layers} layers, got {kinds!r}")
+    if family == "mistral":
+        return _mistral_windows(config, kinds, layers)
+    window = config.get("sliding_window")
+    if family == "llama" or not config.get("use_sliding_window", False) or window is None:
+        if family == "llama" and _SLIDING in (kinds or ()):
+            raise ValueError(f"layer_types with {_SLIDING} are not supported for llama")
         return (None,) * layers
-    kinds = config.get("layer_types")
     if kinds is not None:
-        if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
-            raise ValueError(f"layer_types must name full_attention or sliding_attention for each of {layers} layers")
-        slides = [kind == "sliding_attention" for kind in kinds]
+        slides = [kind == _SLIDING for kind in kinds]
     elif family == "smollm3":
-        slides = [rope is None for rope in ropes]
+        slides = [not flag for flag in rotary]
     else:
-        first = 0 if family == "mistral" else config.get("max_window_layers", 28)
+        first = _need(config, "max_window_layers")
         slides = [i >= first for i in range(layers)]
-    return tuple(window if slide else None for slide in slides)
+    return tuple(window if flag else None for flag in slides)
+
+
+def _mistral_windows(config: Mapping[str, Any], kinds: list[str] | None, layers: int) -> tuple[int | None, ...]:
+    if "sliding_window" not in config:
+        raise ValueError("the configuration of a mistral model lacks 'sliding_window' (null: every token is seen)")
+    window = config["sliding_window"]
+    if window is not None and _FULL in (kinds or ()):
+        raise ValueError(f"a mistral model slides in every layer; layer_types with {_FULL} belong to another family")
+    return (window,) * layers
+
+
+_GGUF_ROPE_KINDS = {"none": "default", "linear": "linear", "yarn": "yarn"}
 
 
 def _gguf_rope(
@@ -247,20 +334,41 @@ def _gguf_rope(
         return metadata.get(f"{family}.rope.{key}", default)
 
     kind = get("scaling.type") or "none"
-    kinds = {"none": "default", "linear": "linear", "yarn": "yarn"}
-    if kind not in kinds:
-        raise ValueError(f"GGUF rope scaling {kind!r} is not supported; the supported ones are {', '.join(kinds)}")
+    if kind not in _GGUF_ROPE_KINDS:
+        raise ValueError(
+            f"GGUF rope scaling {kind!r} is not supported; the supported ones are {', '.join(_GGUF_ROPE_KINDS)}"
+        )
     dim = get("dimension_count", head_dim)
     if dim != head_dim:
         raise ValueError(f"GGUF rope over {dim} of {head_dim} channels is not supported for {family}")
-    factor = float(get("scaling.factor", 1.0))
-    if math.isclose(factor, 0.0):
-        factor = 1.0
+    for key, neutral in (("scaling.alpha", 0), ("scaling.yarn_log_multiplier", 0), ("scaling.yarn_ext_factor", 1)):
+        if get(key, neutral) != neutral:
+            raise ValueError(f"GGUF key {family}.rope.{key} = {get(key)} is not supported")
+    # Files made from Llama 1 and 2 lack the base when config.json did; elsewhere a guess would be silent garbage.
+    theta = get("freq_base", 10000.0 if family == "llama" else None)
+    if theta is None:
+        raise ValueError(f"the model's configuration lacks '{family}.rope.freq_base'")
+    factor = float(get("scaling.factor") or 1.0)
+    chosen = {key: float(get(f"scaling.yarn_{key}")) for key in ("beta_fast", "beta_slow") if get(f"scaling.yarn_{key}")}
+    extra = get("scaling.attn_factor") or get("scaling.yarn_attn_factor")
+    if kind == "yarn" and extra:
+        chosen["attention_factor"] = float(extra) * (0.1 * math.log(max(factor, 1.0)) + 1.0)
     return Rope(
         dim=head_dim,
-        theta=float(get("freq_base", 10000.0)),
-        kind=kinds[kind],
+        theta=float(theta),
+        kind=_GGUF_ROPE_KINDS[kind],
         factor=factor,
-        original_max_position=get("scaling.original_context_length", longest),
+        original_max_position=get("scaling.original_context_length") or longest,
         freq_factors=freq_factors,
+        **chosen,
     )
+
+
+def _gguf_windows(metadata: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+    window = metadata.get(f"{family}.attention.sliding_window") or None
+    pattern = metadata.get(f"{family}.attention.sliding_window_pattern")
+    if window is None or pattern is None:
+        return (window,) * layers
+    if not isinstance(pattern, list) or len(pattern) != layers:
+        raise ValueError(f"{family}.attention.sliding_window_pattern needs one flag per layer ({layers}), got {pattern!r}")
+    return tuple(window if slides else None for slides in pattern)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILES = ["config.json", "generation_config.json", "tokenizer*.json", "chat_template.jinja", "*.safetensors"]
-_FILES += ["model.safetensors.index.json"]
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_FILES = ["config.json", "generation_config.json", "tokenizer*.json", "chat_template.jinja"]
+# Not "*.safetensors": some repositories hold the weights a second time, under another name.
+_FILES += ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 
 
 def is_repo_id(name: str) -> bool:

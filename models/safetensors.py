@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from memjax.models.config import ModelConfig
+from memjax.models.source import check_finite, ignorable
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -20,19 +23,18 @@ class SafetensorsSource:
 
     def __init__(self, files: dict[str, Path]):
         """``files`` maps each tensor's name to its file."""
-        from safetensors import SafetensorError, safe_open
-
         self._files, self._open = files, {}
         for path in sorted(set(files.values())):
             if not path.is_file():
                 raise FileNotFoundError(f"the checkpoint's index names {path.name}, which is not at {path}")
-            try:
-                self._open[path] = safe_open(path, framework="flax")
-            except SafetensorError as error:
-                raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+            self._open[path] = _opened(path)
+        held = {path: set(file.keys()) for path, file in self._open.items()}
         for name, path in files.items():
-            if name not in self._open[path].keys():  # noqa: SIM118  (safe_open is no mapping)
+            if name not in held[path]:
                 raise ValueError(f"the checkpoint's index places tensor {name} in {path.name}, which lacks it")
+            dtype = self._open[path].get_slice(name).get_dtype()
+            if dtype not in _FLOATS and not ignorable(name):
+                raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(_FLOATS)}")
 
     def names(self) -> frozenset[str]:
         return frozenset(self._files)
@@ -41,14 +43,9 @@ class SafetensorsSource:
         return tuple(self._open[self._files[name]].get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        """Raises ValueError for a tensor that is not of 16 or 32 bit floats, or not finite."""
-        file = self._open[self._files[name]]
-        dtype = file.get_slice(name).get_dtype()
-        if dtype not in _FLOATS:
-            raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(_FLOATS)}")
-        values = np.asarray(file.get_tensor(name))
-        if not np.isfinite(values.astype(np.float32)).all():
-            raise ValueError(f"tensor {name} holds values that are not finite: the file is damaged")
+        """The tensor in its own dtype. Raises ValueError for values that are not finite."""
+        values = self._open[self._files[name]].get_tensor(name)
+        check_finite(name, values)
         return values
 
 
@@ -87,12 +84,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _tensor_names(path: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
+    with _opened(path) as file:
+        return list(file.keys())
 
+
+def _opened(path: Path) -> safe_open:
     try:
-        with safe_open(path, framework="flax") as file:
-            return list(file.keys())
-    except SafetensorError as error:
+        # "numpy" leaves the devices alone, and gives bfloat16 since ml_dtypes teaches NumPy that type.
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:  # an empty file cannot be mapped: OSError
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
 
 

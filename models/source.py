@@ -49,15 +49,22 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def _ignored(name: str, config: ModelConfig) -> bool:
-    """Tensors that some files carry and no model needs: rotary buffers, and the second copy of a tied embedding."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
+def ignorable(name: str) -> bool:
+    """Whether this is a rotary buffer, which old checkpoints carry and no model reads."""
+    return name.endswith("rotary_emb.inv_freq")
 
 
 def check_tensors(config: ModelConfig, source: TensorSource) -> None:
-    """Raises ValueError naming the tensors that are missing, unexpected or of another shape; reads none."""
+    """Compares a checkpoint's tensors with the configuration's; reads none.
+
+    The sets must be equal, but for rotary buffers and, where embeddings are tied, a second copy of them.
+
+    Raises:
+      ValueError: names the tensors that are missing, unexpected or of another shape.
+    """
     expected = expected_tensors(config)
-    found = {name for name in source.names() if not _ignored(name, config)}
+    dropped = {"lm_head.weight"} if config.tied else set()
+    found = {name for name in source.names() if not ignorable(name)} - dropped
     problems = []
     if missing := sorted(expected.keys() - found):
         problems.append(f"missing: {_some(missing)}")
@@ -68,6 +75,12 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
         problems.append(f"wrong shape: {_some(wrong)}")
     if problems:
         raise ValueError(f"the checkpoint does not fit its {config.family} configuration; {'; '.join(problems)}")
+
+
+def check_finite(name: str, values: np.ndarray) -> None:
+    """Raises ValueError naming the tensor when a value is infinite or NaN, as a damaged file's scales make them."""
+    if not np.isfinite(values).all():
+        raise ValueError(f"tensor {name} holds values that are not finite: the file is damaged")
 
 
 def _some(items: list[str], shown: int = 4) -> str:

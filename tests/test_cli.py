@@ -11,11 +11,13 @@ from memjax import cli
 def run(monkeypatch, capsys, *arguments):
     """Exit status, stdout and stderr of ``memjax ARGUMENTS``."""
     monkeypatch.setattr(sys, "argv", ["memjax", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exited:
+    status = 0
+    try:
         cli.main()
-        sys.exit(0)
+    except SystemExit as exited:
+        status = exited.code or 0
     captured = capsys.readouterr()
-    return exited.value.code or 0, captured.out, captured.err
+    return status, captured.out, captured.err
 
 
 def test_generate_prints_the_text_and_the_bytes(monkeypatch, capsys):

@@ -62,14 +62,16 @@ samplers = st.builds(
     min_p=st.one_of(st.just(0.0), st.floats(0.0, 1.0)),
     repetition_penalty=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
 )
-numbers = st.one_of(st.integers(-8, 8).map(lambda n: n / 4), st.floats(-30, 30, width=32))
+# XLA takes subnormal numbers for zero and NumPy does not: none here, nor after scaling.
+floats = st.floats(-30, 30, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0)
+numbers = st.one_of(st.integers(-8, 8).map(lambda n: n / 4), floats)
 ROWS, VOCAB = 2, 7
 rows_of_logits = st.lists(numbers, min_size=ROWS * VOCAB, max_size=ROWS * VOCAB)
 rows_of_marks = st.lists(st.booleans(), min_size=ROWS * VOCAB, max_size=ROWS * VOCAB)
 NONE_SEEN = [False] * (ROWS * VOCAB)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(rows_of_logits, rows_of_marks, samplers)
 @example([0.0] * 14, NONE_SEEN, Sampler(1.0, top_k=3))
 @example([0.0] * 14, NONE_SEEN, Sampler(1.0, top_p=0.5))
@@ -107,6 +109,24 @@ def test_a_large_vocabulary_agrees_with_numpy(sampler):
         kept = set(np.flatnonzero(out > -np.inf).tolist())
         assert reference(row, row_seen, sampler, -1e-5)[1] <= kept <= most
         np.testing.assert_allclose(out[sorted(kept)], scaled[sorted(kept)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sampler", [Sampler(1.0, top_k=700), Sampler(2.0, top_p=0.8), Sampler(8.0, 3000, 0.7)], ids=str
+)
+def test_of_many_equal_logits_the_lower_ids_stay(sampler):
+    logits = jnp.round(normal(13, 3, 5000))
+    got = np.asarray(process_logits(logits, sampler))
+    for row, out in zip(np.asarray(logits), got, strict=True):
+        kept = np.flatnonzero(out > -np.inf)
+        cutoff = row[kept].min()
+        equal = np.flatnonzero(row == cutoff)
+        chosen = kept[row[kept] == cutoff]
+        assert 0 < len(chosen) < len(equal)
+        np.testing.assert_array_equal(chosen, equal[: len(chosen)])
+        np.testing.assert_array_equal(kept[row[kept] > cutoff], np.flatnonzero(row > cutoff))
+        fewest, most = (len(reference(row, [], sampler, slack)[1]) for slack in (-1e-5, 1e-5))
+        assert fewest <= len(kept) <= most
 
 
 @pytest.mark.parametrize(
@@ -185,8 +205,11 @@ def test_frequencies_follow_the_processed_distribution(sampler):
     assert chi_square < [10.83, 13.82, 16.27, 18.47, 20.52, 22.46, 24.32][possible.sum() - 2]
 
 
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+@pytest.mark.parametrize(
+    ("sampler", "impl"),
+    [*((s, "threefry2x32") for s in SAMPLERS), (Sampler(1.0), "rbg"), (ALL_STAGES, "rbg"), (ALL_STAGES, "unsafe_rbg")],
+    ids=str,
+)
 def test_a_row_gives_in_a_batch_what_it_gives_alone(sampler, impl):
     rows, vocab = 5, 1003
     logits, seen = normal(3, rows, vocab), some_seen(4, rows, vocab)
@@ -239,7 +262,7 @@ def test_rows_without_a_distribution_fail_and_leave_the_others_alone(sampler):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+@pytest.mark.parametrize("sampler", [Sampler(), ALL_STAGES, Sampler(0.7, top_p=0.8)], ids=str)
 def test_every_float_type_is_computed_in_float32(sampler, dtype):
     assert jax.config.jax_numpy_dtype_promotion == "strict"
     logits, seen = normal(10, 4, 300).astype(dtype), some_seen(11, 4, 300)

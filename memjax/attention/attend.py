@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from memjax._compat import to_device
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.layer import LayerCache, Segment, leaving_count, staged_positions
+from memjax.offload import pool
 from memjax.pallas_kernels.flash import attention_xla, merge
 
 FREE = -1  # position of a slot that holds no token
@@ -154,16 +154,13 @@ class _Reader:
         positions = _host_positions(cache)
 
         def one_page(i: int | Array):
-            def cut(leaf):
-                return jax.lax.dynamic_slice_in_dim(leaf, i * page, page, axis=2)
-
-            segment = to_device(jax.tree.map(cut, cache.host))
-            return self._attend(q, segment, cut(positions))
+            segment = pool.load_page(cache.host, cache.history, page, i)
+            return self._attend(q, segment, jax.lax.dynamic_slice_in_dim(positions, i * page, page, axis=2))
 
         def step(carry, i: Array):
             return merge([carry, one_page(i)]), None
 
-        pages = cache.host.slots // page
+        pages = self.place.host_slots // page
         return jax.lax.scan(step, one_page(0), jnp.arange(1, pages))[0]
 
 
@@ -204,5 +201,5 @@ def _host_positions(cache: LayerCache) -> Int[Array, "B 1 S"]:
     order = _order_in_ring(cache.written, place.slots)
     older = (order >= 0) & (order < cache.written[:, None] - place.resident)
     position = jnp.where(older, order + place.sinks, FREE)
-    padding = cache.host.slots - place.slots
+    padding = place.host_slots - place.slots
     return jnp.pad(position, ((0, 0), (0, padding)), constant_values=FREE)[:, None]

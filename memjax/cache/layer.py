@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from memjax._compat import to_host
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.layout import Layout, layout
 from memjax.cache.spec import CacheSpec
+from memjax.offload import pool
 from memjax.pallas_kernels.codes import Codes, dense, zeros
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class LayerCache:
     """One attention layer's cache. Made by ``policy.init(spec)``; every operation returns a new one.
 
     Attributes:
-      sinks, history, host, tail: committed tokens, see ``Layout``; None where a policy has none.
+      sinks, history, host, tail: committed tokens, see ``Layout``; None where a policy has none. The leaves of ``host``
+        lie in pages, see ``memjax.offload.pool``.
       staged: tokens given to ``update`` and not committed yet, [B, K, T, .], exact; None after ``attend``.
       staged_count: int32 [B], how many of the staged tokens are real (the others are padding).
       length: int32 [B], tokens committed.
@@ -101,7 +102,7 @@ def init_layer(policy: CachePolicy, spec: CacheSpec) -> LayerCache:
     return LayerCache(
         sinks=segment(place.sinks, "dense", "dense"),
         history=segment(place.resident, codec.fmt, codec.fmt),
-        host=None if host is None else to_host(host),
+        host=None if host is None else pool.store(host, policy.tier.page),
         tail=segment(place.tail, "dense", "dense"),
         staged=None,
         staged_count=None,
@@ -230,8 +231,18 @@ def _commit_history(cache: LayerCache) -> tuple[Segment | None, Segment | None, 
 
     tiered = cache.host is not None
     history = put(cache.history, place.resident if tiered else cache.history.slots, place.ring or tiered)
-    host = put(cache.host, place.slots, place.ring) if tiered else None
-    return history, host, written_after
+    if not tiered:
+        return history, None, written_after
+    source = _source(written, written_after, place)
+    return history, pool.write(cache.host, coded, source, cache.policy.tier.page), written_after
+
+
+def _source(written: Array, written_after: Array, place: Layout) -> Int[Array, "B S"]:
+    """Which token of the step (by its number in the block) each slot of the host pool gets; -1: none."""
+    slot, end = jnp.arange(place.host_slots, dtype=jnp.int32), written_after[:, None]
+    newest = end - 1 - (end - 1 - slot) % place.slots if place.ring else slot
+    fresh = (newest >= written[:, None]) & (newest < end) & (slot < place.slots)
+    return jnp.where(fresh, newest - written[:, None], -1)
 
 
 def leaving_count(cache: LayerCache) -> Int[Array, "B"]:

@@ -69,7 +69,8 @@ def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
     windows = _size((cache.sinks, cache.tail, cache.staged))
     counters = _size((cache.length, cache.written, cache.staged_count))
     device, host = _size(cache.history), _size(cache.host)
-    slots = sum(segment.slots for segment in (cache.history, cache.host) if segment is not None)
+    slots = 0 if cache.history is None else cache.history.slots
+    slots += 0 if cache.host is None else cache.layout.host_slots
     return Bytes(
         device=windows + counters + device,
         host=host,

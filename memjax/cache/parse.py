@@ -63,7 +63,7 @@ def _part(piece: str, text: str) -> CachePolicy:
 def _bind(name: str, arguments: str) -> dict:
     parameters = inspect.signature(PARTS[name]).parameters
     order, bound = list(parameters), {}
-    for i, item in enumerate(filter(None, (a.strip() for a in arguments.split(",")))):
+    for i, item in enumerate(a.strip() for a in arguments.split(",") if arguments.strip()):
         key, equals, value = (s.strip() for s in item.partition("="))
         if not equals:
             key, value = (order[i] if i < len(order) else None), item

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memjax._compat import has_host_memory
+from memjax._compat import host_memory_kinds
 from memjax.cache.policy import AnyLayerCache, ModelCache, Policy, abstract
 from memjax.cache.spec import CacheSpec, LayerSpec
 
@@ -37,7 +37,7 @@ def shardings(
     _check_axis(mesh, batch_axis, spec.batch, "batch")
     if heads is not None:
         _check_axis(mesh, head_axis, heads, "heads")
-    host_kind = "pinned_host" if has_host_memory(mesh.devices.flat[0]) else None
+    host_kind = next(iter(host_memory_kinds(mesh.devices.flat[0])), None)
 
     def place(path, leaf) -> NamedSharding:
         names = [getattr(key, "name", None) for key in path]

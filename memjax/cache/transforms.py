@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memjax._compat import to_host
 from memjax.attention.attend import history_positions
 from memjax.cache.layer import LayerCache, Segment, commit
 from memjax.cache.policy import CachePolicy, ModelCache
 from memjax.cache.recurrent import RecurrentCache
-from memjax.offload import HostTier
+from memjax.offload import HostTier, pool
 from memjax.quantize import Codec, Dense
 
 OneOrAll = LayerCache | ModelCache
@@ -29,9 +28,9 @@ def quantize(cache: OneOrAll, codec: Codec | CachePolicy) -> OneOrAll:
     """Encodes a dense history with ``codec`` (or with the codec of a policy such as ``mj.int4()``).
 
     Raises:
-      ValueError: the history is coded already, or the codec cannot serve the cache.
+      ValueError: the history is coded already, the codec cannot serve the cache, or something that is no codec.
     """
-    codec = codec.codec if isinstance(codec, CachePolicy) else codec
+    codec = _one_axis("quantize", "codec", codec, Codec, "mj.int4()")
     return _each(cache, lambda layer: _quantize(layer, codec))
 
 
@@ -49,7 +48,10 @@ def _quantize(cache: LayerCache, codec: Codec) -> LayerCache:
         v = None if segment.v is None else codec.encode(segment.v.data, cache.spec.dtype)
         return dataclasses.replace(segment, k=k, v=v)
 
-    host = None if cache.host is None else to_host(encode(cache.host))
+    host = None
+    if cache.host is not None:
+        page = cache.policy.tier.page
+        host = pool.store(encode(pool.load(cache.host, cache.history, page)), page)
     return dataclasses.replace(cache, history=encode(cache.history), host=host, policy=policy)
 
 
@@ -117,11 +119,9 @@ def offload(cache: OneOrAll, tier: HostTier | CachePolicy) -> OneOrAll:
     """Moves the history to host memory; its newest ``tier.resident`` tokens stay on the device as well.
 
     Raises:
-      ValueError: the history has a tier already, or an eviction left holes in it (offload first, then evict).
+      ValueError: the history has a tier already, an eviction left holes in it, or something that is no tier.
     """
-    tier = tier.tier if isinstance(tier, CachePolicy) else tier
-    if tier is None:
-        raise ValueError("offload needs a tier such as mj.host(256)")
+    tier = _one_axis("offload", "tier", tier, HostTier, "mj.host(256)")
     return _each(cache, lambda layer: _offload(layer, tier))
 
 
@@ -145,8 +145,17 @@ def _offload(cache: LayerCache, tier: HostTier) -> LayerCache:
         widths[2] = (0, place.host_slots - place.slots)
         return jnp.pad(leaf, widths)
 
-    host = to_host(jax.tree.map(padded, cache.history))
+    host = pool.store(jax.tree.map(padded, cache.history), tier.page)
     return dataclasses.replace(cache, history=jax.tree.map(resident, cache.history), host=host)
+
+
+def _one_axis(transform: str, field: str, given, kind: type, example: str):
+    """What ``given`` is, or what a policy that says nothing else says about one axis."""
+    if isinstance(given, CachePolicy) and given == dataclasses.replace(CachePolicy(), **{field: getattr(given, field)}):
+        given = getattr(given, field)
+    if not isinstance(given, kind):
+        raise ValueError(f"{transform} takes a {field} such as {example} and nothing else, got {given}")
+    return given
 
 
 def _each(cache: OneOrAll, transform) -> OneOrAll:

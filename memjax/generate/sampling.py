@@ -127,10 +127,7 @@ def sample(
       ValueError: as ``process_logits``; keys that are missing or not one per row.
     """
     processed = process_logits(logits, sampler, seen)
-    if sampler.temperature == 0:
-        token = jnp.argmax(processed, axis=-1)
-    else:
-        token = _draw(keys, processed)
+    token = jnp.argmax(processed, axis=-1) if sampler.temperature == 0 else _draw(keys, processed)
     # Both, since not every backend's maximum is sure to propagate NaN.
     failed = jnp.any(jnp.isnan(logits), axis=-1) | ~jnp.isfinite(jnp.max(logits, axis=-1))
     return jnp.where(failed, FAILED, token.astype(jnp.int32))

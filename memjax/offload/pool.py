@@ -1,0 +1,76 @@
+"""Pages in host memory, and all that is ever done to them: one is read, or one is rewritten.
+
+A leaf [B, K, S, ...] of slots is kept as [B, K, P, *tile], P pages of ``page`` slots whose numbers lie in the order of the
+slots. XLA moves parts of an array between a TPU and its host by DMA, in whole tiles and only if the array has the same
+layout in both memories. Slices along the page axis are whole tiles whatever the head dimension, and rows of eight by 128
+are laid out alike everywhere; slots would be neither: one token is a part of a tile, and an 8-bit array [..., S, H] would
+be copied to the device as a whole to be laid out anew. For the same reason a scatter into host memory does not compile.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from memjax._compat import to_device, to_host
+
+LANES, SUBLANES = 128, 8
+
+
+def store[Tree](segment: Tree, page: int) -> Tree:
+    """The pool that holds the slots of ``segment``, leaves [B, K, S, ...] with S a multiple of ``page``."""
+
+    def fold(leaf: Array) -> Array:
+        batch, heads, slots = leaf.shape[:3]
+        return leaf.reshape(batch, heads, slots // page, *_tile(page * math.prod(leaf.shape[3:])))
+
+    return to_host(jax.tree.map(fold, segment))
+
+
+def load[Tree](pool: Tree, like: Tree, page: int) -> Tree:
+    """Inverts ``store``: the slots on the device, all of them. ``like`` has the leaves [B, K, any, ...] to be given."""
+
+    def unfold(leaf: Array, ref: Array) -> Array:
+        return to_device(leaf).reshape(*leaf.shape[:2], leaf.shape[2] * page, *ref.shape[3:])
+
+    return jax.tree.map(unfold, pool, like)
+
+
+def load_page[Tree](pool: Tree, like: Tree, page: int, index: int | Array) -> Tree:
+    """The ``page`` slots of one page on the device, leaves [B, K, page, ...]."""
+    return load(jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1, axis=2), pool), like, page)
+
+
+def write[Tree](pool: Tree, block: Tree, source: Int[Array, "B S"], page: int) -> Tree:
+    """Puts tokens of ``block`` into slots; only pages that get one, in any row, are touched.
+
+    Args:
+      block: leaves [B, K, T, ...] on the device.
+      source: for every slot of the pool the number of the token that it gets, -1: it stays as it is.
+    """
+    touched = jnp.any(source.reshape(source.shape[0], -1, page) >= 0, axis=(0, 2))
+    order = jnp.argsort(~touched, stable=True)
+
+    def rewrite(i: Array, pool: Tree) -> Tree:
+        index = order[i]
+        token = jax.lax.dynamic_slice_in_dim(source, index * page, page, axis=1)[:, None]
+        old = load_page(pool, block, page, index)
+
+        def replace(leaf: Array, kept: Array, new: Array) -> Array:
+            at = token.reshape(*token.shape, *(1,) * (new.ndim - 3))
+            merged = jnp.where(at >= 0, jnp.take_along_axis(new, jnp.maximum(at, 0), axis=2), kept)
+            tiles = to_host(merged.reshape(*leaf.shape[:2], 1, *leaf.shape[3:]))
+            return jax.lax.dynamic_update_slice_in_dim(leaf, tiles, index, axis=2)
+
+        return jax.tree.map(replace, pool, old, block)
+
+    return jax.lax.fori_loop(0, jnp.sum(touched, dtype=jnp.int32), rewrite, pool)
+
+
+def _tile(numbers: int) -> tuple[int, ...]:
+    if numbers % (SUBLANES * LANES) == 0:
+        return numbers // (SUBLANES * LANES), SUBLANES, LANES
+    return (numbers // LANES, LANES) if numbers % LANES == 0 else (numbers,)

@@ -1,0 +1,163 @@
+"""The string form of policies: what is printed is read back, and what is wrong is answered with what is right."""
+
+import re
+
+import pytest
+from cache_helpers import ROWS, SPEC, row_id
+from hypothesis import given
+from hypothesis import strategies as st
+
+import memjax as mj
+from memjax.cache.parse import PARTS, signatures
+from memjax.cache.policy import CachePolicy, LayerwisePolicy, Windows
+from memjax.evict import Streaming
+from memjax.offload import HostTier
+from memjax.quantize import Dense, Fp8, Int4, Int8
+
+count = st.integers(0, 5000)
+policies = st.builds(
+    CachePolicy,
+    codec=st.one_of(
+        st.just(Dense()),
+        st.builds(Int8, st.booleans()),
+        st.builds(Int4, st.booleans()),
+        st.builds(Fp8, st.booleans(), st.sampled_from(["e4m3", "e5m2"])),
+    ),
+    evictor=st.none() | st.builds(Streaming, count, st.integers(1, 5000), st.sampled_from(["cache", "text"])),
+    tier=st.none() | st.builds(HostTier, st.integers(1, 5000), st.integers(1, 5000)),
+    windows=st.none() | st.builds(Windows, count, count),
+)
+
+
+@given(policy=policies, seed=st.randoms())
+def test_what_is_printed_is_read_back(policy, seed):
+    """In any order of the parts and with spaces anywhere."""
+    text = str(policy)
+    assert mj.policy(text) == policy
+    parts = text.split("+")
+    seed.shuffle(parts)
+    spaced = " + ".join(parts).replace("(", " ( ").replace(",", " , ").replace("=", " = ")
+    assert mj.policy(spaced) == policy
+    assert str(mj.policy(spaced)) == text
+    assert hash(mj.policy(spaced)) == hash(policy)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=row_id)
+def test_the_tables_policies_print_as_they_are_written(row):
+    policy = row.policy
+    assert mj.policy(str(policy)) == policy
+    assert policy.codec == row.codec
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("int4(true)", "int4(rotate=true)"),
+        ("int4(TRUE)", "int4(rotate=true)"),
+        ("int4()", "int4"),
+        ("dense+int4", "int4"),
+        ("fp8(e5m2,true)", "fp8(rotate=true,format=e5m2)"),
+        ("streaming", "streaming(4,1020)"),
+        ("streaming(window=8)", "streaming(4,8)"),
+        ("streaming(8,window=16,positions=text)", "streaming(8,16,positions=text)"),
+        ("host(page=4)", "host(256,4)"),
+        ("int8+protect", "int8+protect(4,64)"),
+        ("  streaming(4,16)\n+int8 ", "streaming(4,16)+int8"),
+    ],
+)
+def test_ways_of_writing_the_same(text, same):
+    assert str(mj.policy(text)) == same
+
+
+def test_the_functions_build_what_the_strings_say():
+    built = mj.chain(mj.streaming(4, 1020), mj.int4(rotate=True), mj.host(256), mj.protect(8, 32))
+    assert built == mj.policy("streaming(4,1020)+int4(rotate=true)+host(256)+protect(8,32)")
+    assert mj.chain(mj.dense()) == mj.dense() == mj.policy("dense")
+
+
+KNOWN = "the known ones are dense, int8(rotate=false), int4(rotate=false), fp8(format=e4m3, rotate=false), streaming("
+WRONG = {
+    "": "a policy is a text such as 'streaming(4,1020)+int4', got ''",
+    "   ": "a policy is a text",
+    "int5": f"unknown policy 'int5' in 'int5'; {KNOWN}",
+    "INT4": "unknown policy 'INT4'",
+    "int4+snapkv(1024)": "unknown policy 'snapkv'",
+    "int4(": "cannot read 'int4('",
+    "int4++int8": "cannot read '' in policy 'int4++int8'",
+    "int4,int8": "cannot read 'int4,int8'",
+    "int4(bits=3)": "int4 does not take 'bits=3'; it is int4(rotate=false)",
+    "dense(3)": "dense does not take '3'; it is dense without arguments",
+    "int4(true,false)": "int4 does not take 'false'",
+    "int4(rotate=true,rotate=true)": "int4 does not take 'rotate=true'",
+    "streaming(4,16,sinks=3)": "streaming does not take 'sinks=3'; it is streaming(sinks=4, window=1020, positions=cache)",
+    "streaming(,16)": "streaming needs sinks to be a number (int), got ''",
+    "streaming(4,sixteen)": "streaming needs window to be a number (int), got 'sixteen'",
+    "streaming(4,16.5)": "streaming needs window to be a number (int), got '16.5'",
+    "int4(rotate=1)": "int4 needs rotate to be true or false, got '1'",
+    "streaming(-1,16)": "streaming needs sinks >= 0, got -1",
+    "streaming(4,0)": "streaming needs a window of at least 1 token, got 0",
+    "streaming(4,-16)": "streaming needs a window of at least 1 token, got -16",
+    "streaming(4,16,positions=paper)": "streaming positions 'paper' is not one of cache, text",
+    "fp8(e3m4)": "fp8 format 'e3m4' is not one of e4m3, e5m2",
+    "host(0)": "host needs resident >= 1 and page >= 1 tokens, got 0, 256",
+    "host(8,-4)": "host needs resident >= 1 and page >= 1 tokens, got 8, -4",
+    "protect(-1,8)": "protect needs sinks >= 0 and recent >= 0, got -1, 8",
+    "protect(1,-8)": "got 1, -8",
+    "int4+int8": "cannot chain int4 and int8: both decide quantization; keep one of them",
+    "streaming(4,16)+int8+streaming(4,8)": "both decide eviction",
+    "host(8)+host(9)": "both decide placement",
+    "protect(4,8)+int4+protect(4,8)": "both decide protection",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_what_is_wrong_is_explained(text):
+    with pytest.raises(ValueError, match=re.escape(WRONG[text])):
+        mj.policy(text)
+
+
+@pytest.mark.parametrize("thing", [None, 4, mj.int4()])
+def test_only_texts_are_parsed(thing):
+    with pytest.raises(ValueError, match="a policy is a text"):
+        mj.policy(thing)
+
+
+@pytest.mark.parametrize("parts", [(), (None,), (mj.int4(), "int8"), (mj.per_layer(mj.int4(), {}),)])
+def test_only_policies_of_one_layer_are_chained(parts):
+    with pytest.raises(ValueError, match="chain"):
+        mj.chain(*parts)
+
+
+def test_help_names_every_part():
+    texts = signatures()
+    assert set(texts) == set(PARTS)
+    for name, text in texts.items():
+        assert mj.policy(text.replace(" ", "")) == PARTS[name]()
+
+
+def test_a_policy_per_layer():
+    policy = mj.per_layer(mj.int4(), {0: mj.dense(), -1: mj.int8(), 2: mj.streaming(4, 16)})
+    assert isinstance(policy, LayerwisePolicy)
+    chosen = [policy.for_layer(i, 5) for i in range(5)]
+    assert chosen == [mj.dense(), mj.int4(), mj.streaming(4, 16), mj.int4(), mj.int8()]
+    assert [layer.policy for layer in policy.init([SPEC] * 5)] == chosen
+    assert hash(policy) == hash(mj.per_layer(mj.int4(), {2: mj.streaming(4, 16), -1: mj.int8(), 0: mj.dense()}))
+    assert str(policy) == "int4; int8 on layers -1; dense on layers 0; streaming(4,16) on layers 2"
+
+
+def test_the_outer_layers_can_be_protected():
+    policy = mj.protect_layers(mj.int4(), 2)
+    assert [str(policy.for_layer(i, 6)) for i in range(6)] == ["dense", "dense", "int4", "int4", "dense", "dense"]
+    assert [str(policy.for_layer(i, 3)) for i in range(3)] == ["dense"] * 3
+    assert mj.protect_layers(mj.int4(), 0) == mj.int4()
+
+
+def test_wrong_layers_are_refused():
+    with pytest.raises(ValueError, match="count >= 0, got -1"):
+        mj.protect_layers(mj.int4(), -1)
+    with pytest.raises(ValueError, match=r"layers \[-4, 7\], but the model has 3"):
+        mj.per_layer(mj.int4(), {7: mj.dense(), -4: mj.dense()}).init([SPEC] * 3)
+    with pytest.raises(ValueError, match="needs the specs of all layers"):
+        mj.per_layer(mj.int4(), {0: mj.dense()}).init(SPEC)
+    with pytest.raises(ValueError, match="chain composes policies"):
+        mj.per_layer(mj.int4(), {0: "int8"})
