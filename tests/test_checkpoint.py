@@ -1,6 +1,7 @@
 """Saved models: the same weights, tokenizer and configuration come back, and damage is found before any weight is used."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -43,6 +44,7 @@ CONFIG = ModelConfig(
 )
 
 
+@functools.cache
 def model(config=CONFIG, dtype="float32", seed=0):
     return Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed))
 
@@ -80,15 +82,26 @@ def test_round_trip(tmp_path, dtype, tied):
     assert tokenizer is None
     assert found.config == decoder.config
     assert_same(found, decoder)
+
+
+def test_a_restored_model_computes_the_same(saved):
+    forward = jax.jit(lambda decoder, tokens: decoder.logits(decoder(tokens)[0]))
     tokens = jnp.arange(12).reshape(1, 12)
-    np.testing.assert_array_equal(found.logits(found(tokens)[0]), decoder.logits(decoder(tokens)[0]))
+    np.testing.assert_array_equal(forward(mj.restore_model(saved)[0], tokens), forward(model(), tokens))
 
 
-def test_the_real_model_with_its_tokenizer(tmp_path, smollm2):
+@pytest.mark.slow
+def test_the_real_model(tmp_path, smollm2):
     mj.save_model(tmp_path / "m", smollm2.decoder, smollm2.tokenizer)
     again = load(tmp_path / "m")
     assert_same(again.decoder, smollm2.decoder)
     assert again.eos_ids == smollm2.eos_ids
+
+
+def test_a_tokenizer_comes_back(tmp_path, smollm2):
+    mj.save_model(tmp_path / "m", model(), smollm2.tokenizer)
+    again = load(tmp_path / "m")
+    assert again.eos_ids == (2, 60)
     for name in ("bos_id", "add_bos", "eos_ids", "chat_template", "vocab_size"):
         assert getattr(again.tokenizer, name) == getattr(smollm2.tokenizer, name)
     text = "Call me Ishmael. <|im_end|> 1234 ½"

@@ -50,7 +50,7 @@ def test_compare_prints_and_saves_a_row_per_policy(monkeypatch, capsys, tmp_path
         (["generate", "--prompt", "x", "--policy", "int5"], "unknown policy 'int5'"),
         (["generate", "--prompt", "x", "--policy", "int4(bits=3)"], "does not take 'bits=3'"),
         (["generate", "--prompt", "x", "--policy", "streaming(4,-1)"], "window of at least 1"),
-        (["generate", "--prompt", "x", "--temperature", "-1"], "temperature must be at least 0"),
+        (["generate", "--prompt", "x", "--temperature", "-1"], "temperature must be 0 (greedy)"),
         (["generate", "--prompt", "x", "--model", "nowhere.gguf"], "no GGUF file at nowhere.gguf"),
         (["generate", "--prompt", "x", "--model", "nowhere"], "no model 'nowhere'"),
         (["generate", "--prompt-file", "nowhere.txt"], "no text file at nowhere.txt"),

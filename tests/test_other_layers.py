@@ -148,6 +148,17 @@ def test_latent_transforms():
     np.testing.assert_allclose(out, mla_oracle(w, x, row, [32, 8])[:, 32:], atol=1e-5)
 
 
+def test_padding_of_a_latent_stream_may_hold_anything():
+    """Its keys are its values too, and 0 * NaN is NaN."""
+    w, x = mla_weights(), some_inputs()[:, :8].copy()
+    x[0, 5:], x[1, 7:] = np.nan, np.inf
+    out, cache = mla(w, mj.dense().init(MLA_SPEC), x, jnp.array([5, 7]))
+    for row, length in enumerate((5, 7)):
+        expected = mla_oracle(w, x[row : row + 1, :length])
+        np.testing.assert_allclose(out[row : row + 1, :length], expected, atol=1e-5)
+    assert np.isfinite(np.asarray(cache.history.k.data)).all()
+
+
 def test_a_latent_stream_takes_no_values():
     cache, stream = mj.dense().init(MLA_SPEC), jnp.zeros((BATCH, 3, 1, LATENT + ROPED))
     with pytest.raises(ValueError, match="no values of its own"):

@@ -8,8 +8,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memjax._compat import host_memory_kinds
+from memjax.cache.layer import LayerCache
 from memjax.cache.policy import AnyLayerCache, ModelCache, Policy, abstract
 from memjax.cache.spec import CacheSpec, LayerSpec
+from memjax.offload import pool
 
 
 def shardings(
@@ -26,7 +28,8 @@ def shardings(
     memory kind ``pinned_host`` where the devices have one.
 
     Raises:
-      ValueError: an axis that the mesh lacks, or a size that it does not divide.
+      ValueError: an axis that the mesh lacks, a size that it does not divide, or pages of the host tier that its devices
+        cannot move.
     """
     if isinstance(spec, Sequence):
         return tuple(
@@ -37,7 +40,10 @@ def shardings(
     _check_axis(mesh, batch_axis, spec.batch, "batch")
     if heads is not None:
         _check_axis(mesh, head_axis, heads, "heads")
-    host_kind = next(iter(host_memory_kinds(mesh.devices.flat[0])), None)
+    device, cache = mesh.devices.flat[0], abstract(policy, spec)
+    host_kind = next(iter(host_memory_kinds(device)), None)
+    if isinstance(cache, LayerCache) and cache.host is not None:
+        pool.check_page(cache.host, cache.policy.tier.page, device.platform)
 
     def place(path, leaf) -> NamedSharding:
         names = [getattr(key, "name", None) for key in path]
@@ -46,7 +52,7 @@ def shardings(
         kind = host_kind if names[0] == "host" else None
         return NamedSharding(mesh, axes, memory_kind=kind)
 
-    return jax.tree_util.tree_map_with_path(place, abstract(policy, spec))
+    return jax.tree_util.tree_map_with_path(place, cache)
 
 
 def _check_axis(mesh: Mesh, axis: str | None, size: int, what: str) -> None:

@@ -107,12 +107,9 @@ def _evict(cache: LayerCache, scores: Array, budget: int, room: int) -> LayerCac
 
 
 def _top_slots(scores: Array, filled: Array, budget: int) -> Array:
-    """Indices of the best slots in ascending order, free ones behind all others."""
-    slots = scores.shape[-1]
+    """Indices of the best slots in ascending order; free ones, which lie behind all others, only for want of tokens."""
     # Two keys, so that no score, -inf included, can tie with "free".
-    order = jnp.lexsort((-scores, ~filled), axis=-1)[..., :budget]
-    is_free = ~jnp.take_along_axis(filled, order, axis=-1)
-    return jnp.sort(jnp.where(is_free, order + slots, order), axis=-1) % slots
+    return jnp.sort(jnp.lexsort((-scores, ~filled), axis=-1)[..., :budget], axis=-1)
 
 
 def offload(cache: OneOrAll, tier: HostTier | CachePolicy) -> OneOrAll:

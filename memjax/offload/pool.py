@@ -18,16 +18,40 @@ from jaxtyping import Array, Int
 from memjax._compat import to_device, to_host
 
 LANES, SUBLANES = 128, 8
+ROW_BYTES = 512  # of a tile's row of 32-bit words: the least that a TPU moves
 
 
 def store[Tree](segment: Tree, page: int) -> Tree:
-    """The pool that holds the slots of ``segment``, leaves [B, K, S, ...] with S a multiple of ``page``."""
+    """The pool that holds the slots of ``segment``, leaves [B, K, S, ...] with S a multiple of ``page``.
+
+    Raises:
+      ValueError: this process's default backend cannot move such pages.
+    """
 
     def fold(leaf: Array) -> Array:
         batch, heads, slots = leaf.shape[:3]
         return leaf.reshape(batch, heads, slots // page, *_tile(page * math.prod(leaf.shape[3:])))
 
-    return to_host(jax.tree.map(fold, segment))
+    pool = jax.tree.map(fold, segment)
+    check_page(pool, page, jax.default_backend())
+    return to_host(pool)
+
+
+def check_page[Tree](pool: Tree, page: int, platform: str) -> None:
+    """Refuses pages of a size that ``platform`` cannot move.
+
+    Raises:
+      ValueError: on a TPU, a leaf (the scales, as a rule) with another number of bytes per page than a multiple of 512.
+    """
+    if platform != "tpu":
+        return
+    sizes = [math.prod(leaf.shape[3:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pool)]
+    needed = max(ROW_BYTES // math.gcd(size // page, ROW_BYTES) for size in sizes)
+    if page % needed:
+        raise ValueError(
+            f"a TPU moves multiples of {ROW_BYTES} bytes between its memories, so the pages of this cache's host tier must "
+            f"be a multiple of {needed} tokens, got page={page}"
+        )
 
 
 def load[Tree](pool: Tree, like: Tree, page: int) -> Tree:
