@@ -56,6 +56,7 @@ def save_model(folder: str | Path, decoder: Decoder, tokenizer: Tokenizer | None
             "eos_ids": tokenizer.eos_ids,
             "chat_template": tokenizer.chat_template,
         }
+    described["shapes"] = _shapes(nnx.to_pure_dict(nnx.state(decoder)))
     described["files"] = {name: [path.stat().st_size, _sha256(path)] for name, path in _files(folder / _WEIGHTS).items()}
     # Last, so that a folder with this file is a complete one.
     (folder / _CONFIG).write_text(json.dumps(described, indent=1), encoding="utf-8")
@@ -86,6 +87,9 @@ def restore_model(
     _check_files(folder, described.get("files"))
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
+    # Before Orbax begins: a restore that fails halfway leaves reads behind that nobody waits for.
+    if described.get("shapes") != _shapes(nnx.to_pure_dict(state)):
+        raise ValueError(f"the weights in {folder} are not of its configuration: {_CONFIG} lists other shapes")
     target = jax.tree.map_with_path(_placed(sharding), nnx.to_pure_dict(state))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -111,6 +115,11 @@ def _placed(sharding: Sharding | Placement | None) -> Callable[[tuple, Any], jax
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chosen)
 
     return place
+
+
+def _shapes(tree: dict[str, Any]) -> dict[str, list[int]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
 
 
 def _files(weights: Path) -> dict[str, Path]:
