@@ -111,7 +111,7 @@ def absmax_encode(x: Float[Array, "... H"], fmt: str) -> Codes:
 
 
 def _round_up(x: Array) -> Array:
-    """float32 to the next bfloat16 not below it, for x >= 0 (subnormal results become the smallest normal)."""
+    """float32 x >= 0 to the next bfloat16 not below it; subnormal results become the smallest normal (zero if flushed)."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     raised = (bits + jnp.uint32(0xFFFF)) >> 16
     rounded = jax.lax.bitcast_convert_type(raised.astype(jnp.uint16), SCALE_DTYPE)
