@@ -75,7 +75,7 @@ def test_axes_may_be_left_out(axes, expected):
 
 def test_a_host_tier_is_placed_like_the_rest_but_in_its_memory():
     placed = mj.shardings(mj.policy(HOST), SPEC, MESH)
-    assert {leaf.spec for leaf in jax.tree.leaves(placed.host)} == {PartitionSpec("data", "model")}
+    assert {leaf.spec for leaf in jax.tree.leaves(placed.host)} == {PartitionSpec(None, "data", "model")}
     assert {leaf.memory_kind for leaf in jax.tree.leaves(placed.host)} == {"pinned_host"}
     assert "pinned_host" not in {leaf.memory_kind for leaf in jax.tree.leaves((placed.history, placed.tail))}
 

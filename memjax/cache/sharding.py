@@ -48,9 +48,10 @@ def shardings(
     def place(path, leaf) -> NamedSharding:
         names = [getattr(key, "name", None) for key in path]
         on_heads = heads is not None and leaf.ndim >= 3 and "conv" not in names
-        axes = PartitionSpec(batch_axis, head_axis) if on_heads else PartitionSpec(batch_axis)
-        kind = host_kind if names[0] == "host" else None
-        return NamedSharding(mesh, axes, memory_kind=kind)
+        axes = (batch_axis, head_axis) if on_heads else (batch_axis,)
+        if names[0] == "host":  # pages lead
+            return NamedSharding(mesh, PartitionSpec(None, *axes), memory_kind=host_kind)
+        return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(place, cache)
 

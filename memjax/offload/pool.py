@@ -1,10 +1,11 @@
 """Pages in host memory, and all that is ever done to them: one is read, or one is rewritten.
 
-A leaf [B, K, S, ...] of slots is kept as [B, K, P, *tile], P pages of ``page`` slots whose numbers lie in the order of the
-slots. XLA moves parts of an array between a TPU and its host by DMA, in whole tiles and only if the array has the same
-layout in both memories. Slices along the page axis are whole tiles whatever the head dimension, and rows of eight by 128
-are laid out alike everywhere; slots would be neither: one token is a part of a tile, and an 8-bit array [..., S, H] would
-be copied to the device as a whole to be laid out anew. For the same reason a scatter into host memory does not compile.
+A leaf [B, K, S, ...] of slots is kept as [P, B, K, *tile]: P pages of ``page`` slots, a page in one piece and its numbers in
+the order of its slots. XLA moves parts of an array between a TPU and its host in whole tiles, and only if the array is laid
+out alike in both memories; else it copies all of it to the device and back. Hence the shape: eight rows by 128 numbers are
+whole tiles, laid out alike everywhere, whatever the head dimension, while a slot is a part of a tile and 8-bit arrays
+[..., S, H] are not laid out alike. Hence also the pinned layout of a page: left free, it spreads to the pool in a loop.
+A scatter into host memory does not compile at all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Int
 
 from memjax._compat import to_device, to_host
@@ -30,7 +32,8 @@ def store[Tree](segment: Tree, page: int) -> Tree:
 
     def fold(leaf: Array) -> Array:
         batch, heads, slots = leaf.shape[:3]
-        return leaf.reshape(batch, heads, slots // page, *_tile(page * math.prod(leaf.shape[3:])))
+        paged = leaf.reshape(batch, heads, slots // page, page, *leaf.shape[3:])
+        return jnp.moveaxis(paged, 2, 0).reshape(-1, batch, heads, *_tile(page * math.prod(leaf.shape[3:])))
 
     pool = jax.tree.map(fold, segment)
     check_page(pool, page, jax.default_backend())
@@ -58,14 +61,21 @@ def load[Tree](pool: Tree, like: Tree, page: int) -> Tree:
     """Inverts ``store``: the slots on the device, all of them. ``like`` has the leaves [B, K, any, ...] to be given."""
 
     def unfold(leaf: Array, ref: Array) -> Array:
-        return to_device(leaf).reshape(*leaf.shape[:2], leaf.shape[2] * page, *ref.shape[3:])
+        batch, heads, _, *rest = ref.shape
+        paged = to_device(leaf).reshape(-1, batch, heads, page, *rest)
+        return jnp.moveaxis(paged, 0, 2).reshape(batch, heads, -1, *rest)
 
     return jax.tree.map(unfold, pool, like)
 
 
 def load_page[Tree](pool: Tree, like: Tree, page: int, index: int | Array) -> Tree:
     """The ``page`` slots of one page on the device, leaves [B, K, page, ...]."""
-    return load(jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1, axis=2), pool), like, page)
+
+    def cut(leaf: Array, ref: Array) -> Array:
+        tiles = _in_order(to_device(jax.lax.dynamic_index_in_dim(leaf, index, axis=0)))
+        return tiles.reshape(*ref.shape[:2], page, *ref.shape[3:])
+
+    return jax.tree.map(cut, pool, like)
 
 
 def write[Tree](pool: Tree, block: Tree, source: Int[Array, "B S"], page: int) -> Tree:
@@ -86,12 +96,17 @@ def write[Tree](pool: Tree, block: Tree, source: Int[Array, "B S"], page: int) -
         def replace(leaf: Array, kept: Array, new: Array) -> Array:
             at = token.reshape(*token.shape, *(1,) * (new.ndim - 3))
             merged = jnp.where(at >= 0, jnp.take_along_axis(new, jnp.maximum(at, 0), axis=2), kept)
-            tiles = to_host(merged.reshape(*leaf.shape[:2], 1, *leaf.shape[3:]))
-            return jax.lax.dynamic_update_slice_in_dim(leaf, tiles, index, axis=2)
+            tiles = to_host(_in_order(merged.reshape(1, *leaf.shape[1:])))
+            return jax.lax.dynamic_update_slice_in_dim(leaf, tiles, index, axis=0)
 
         return jax.tree.map(replace, pool, old, block)
 
     return jax.lax.fori_loop(0, jnp.sum(touched, dtype=jnp.int32), rewrite, pool)
+
+
+def _in_order(tiles: Array) -> Array:
+    """The same, laid out as the pool is outside of any program."""
+    return with_layout_constraint(tiles, Layout(tuple(range(tiles.ndim))))
 
 
 def _tile(numbers: int) -> tuple[int, ...]:
