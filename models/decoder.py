@@ -23,7 +23,8 @@ from memjax.cache.spec import CacheSpec
 from memjax.models.config import ModelConfig
 from memjax.models.source import TensorSource, check_tensors
 from memjax.pallas_kernels.codes import dense
-from memjax.pallas_kernels.flash import attention_xla
+from memjax.pallas_kernels.decode import decode
+from memjax.pallas_kernels.slots import Span
 
 
 class RMSNorm(nnx.Module):
@@ -76,14 +77,15 @@ class Attention(nnx.Module):
         if self.rope is not None:
             q, k = (apply_rope(x, positions, self.rope, tokens) for x in (q, k))
         groups = heads // k.shape[2]
-        out, _ = attention_xla(
+        out, _ = decode(
             q.swapaxes(1, 2).reshape(batch, -1, groups * tokens, dim),
-            dense(k.swapaxes(1, 2)),
-            dense(v.swapaxes(1, 2)),
+            dense(jnp.moveaxis(k, 1, -1)),
+            dense(jnp.moveaxis(v, 1, -1)),
             q_pos=jnp.tile(positions, (1, groups)),
-            k_pos=positions[:, None],
+            k_pos=Span(jnp.zeros((batch,), jnp.int32), jnp.full((batch,), tokens, jnp.int32)),
             scale=dim**-0.5,
             window=self.window,
+            implementation="xla",
         )
         return out.reshape(batch, heads, tokens, dim).swapaxes(1, 2).astype(q.dtype)
 

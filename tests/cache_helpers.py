@@ -172,9 +172,9 @@ def oracle(row: Row, tokens, sizes, theta=ROPE.theta, model_window=None) -> np.n
 
 
 def lossy(codec: Codec, x: np.ndarray) -> np.ndarray:
-    """What a codec makes of vectors."""
-    coded = jax.jit(lambda y: codec.decode(codec.encode(y, jnp.float32)))(x.astype(np.float32))
-    return np.asarray(coded, np.float64)
+    """What a codec makes of vectors [..., T, H]."""
+    coded = jax.jit(lambda y: codec.decode(codec.encode(y, jnp.float32)))(x.swapaxes(-1, -2).astype(np.float32))
+    return np.asarray(coded, np.float64).swapaxes(-1, -2)
 
 
 def relative_error(x, reference) -> float:

@@ -149,6 +149,22 @@ def test_a_donated_cache_is_updated_in_place(text):
     np.testing.assert_allclose(out, result(text, "ones")[0][:, :1], atol=1e-6)
 
 
+@pytest.mark.parametrize("text", ["dense", "int4(rotate=true)+protect(4,8)", "streaming(4,4092)+int8+protect(4,8)"])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_step_writes_its_tokens_and_copies_no_history(text, tokens):
+    """The compiler's temporaries do not grow with the history."""
+    policy = mj.policy(text)
+    write = quick_jit(lambda cache, k, v: mj.commit(mj.update(cache, k, v)), donate_argnums=0)
+    _, k, v = (x[:, :tokens] for x in TEXT)
+    temporaries = []
+    for capacity in (4096, 8192):
+        cache = mj.abstract(policy, dataclasses.replace(SPEC, capacity=capacity))
+        analysis = write.lower(cache, k, v).compile().memory_analysis()
+        assert analysis.alias_size_in_bytes == mj.nbytes(cache).total
+        temporaries.append(analysis.temp_size_in_bytes)
+    assert temporaries[0] == temporaries[1] < mj.nbytes(cache).history / 16
+
+
 @pytest.mark.parametrize("text", [RAGGED, CHAIN])
 def test_ragged_rows_are_what_each_is_alone(text):
     policy, lengths, most, steps = mj.policy(text), [3, 7], 7, 30
@@ -190,6 +206,17 @@ def test_a_ring_takes_any_length():
     assert np.isfinite(out).all()
 
 
+@pytest.mark.parametrize(
+    ("capacity", "evict"), [(21, (4, 16)), (20, (4, 16)), (13, (4, 9)), (5, (4, 1)), (4, (3, 1)), (1, (0, 1))]
+)
+def test_a_capacity_below_its_window_bounds_a_stream_and_does_not_end_it(capacity, evict):
+    """At one more than sinks and window, at just these, below them, below the sinks, and at a single token."""
+    spec = dataclasses.replace(SPEC, capacity=capacity)
+    out, cache = run(mj.policy("streaming(4,16)").init(spec), TEXT, CUTS["sevens"])
+    np.testing.assert_allclose(out, oracle(Row("", evict=evict), TEXT, CUTS["sevens"]), atol=1e-5)
+    assert sum(part.slots for part in (cache.sinks, cache.history) if part is not None) == min(capacity, 20)
+
+
 @pytest.mark.parametrize("text", [CODED, CHAIN])
 def test_a_nan_key_gives_no_plausible_output(text):
     q, k, v = (x.copy() for x in TEXT)
@@ -210,10 +237,10 @@ def test_protected_tokens_are_kept_bit_by_bit():
         cache = fill(cache, k[:, start : start + 7], v[:, start : start + 7])
     ring = [t % 8 for t in range(TOKENS - 8, TOKENS)]
     for segment, source in (("k", k), ("v", v)):
-        source = source.swapaxes(1, 2)
+        source = jnp.moveaxis(source, 1, -1)
         sinks, tail = (getattr(getattr(cache, name), segment).data for name in ("sinks", "tail"))
-        np.testing.assert_array_equal(sinks, source[:, :, :4])
-        np.testing.assert_array_equal(tail[:, :, ring], source[:, :, -8:])
+        np.testing.assert_array_equal(sinks, source[..., :4])
+        np.testing.assert_array_equal(tail[..., ring], source[..., -8:])
 
 
 def test_updates_without_attend_are_committed():
@@ -359,7 +386,7 @@ def test_wrong_specs_are_refused(changes, message):
     ("text", "changes", "message"),
     [
         ("streaming(4,16)", {"rope": "applied"}, "positions=text"),
-        ("int4", {"head_dim": 15, "rope": None}, "even head dimension, got 15"),
+        ("int4", {"head_dim": 15, "rope": None}, "multiple of 2 channels, got 15"),
         ("int8(rotate=true)", {"head_dim": 12, "rope": None}, "divisible by 8, got 12; use rotate=false"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Codecs: how far a decoded vector may be from its original, what is exact, and what every value costs."""
+"""Codes and codecs: what bytes mean, how far a decoded vector may be from its original, and what every value costs."""
 
 import functools
 
@@ -12,12 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from memjax.pallas_kernels.codes import Codes, absmax_encode, zeros
+from memjax.pallas_kernels.codes import (
+    BITS,
+    Codes,
+    absmax_encode,
+    deinterleave,
+    interleave,
+    pack,
+    packed_dim,
+    unpack,
+    zeros,
+)
 from memjax.quantize import Dense, Fp8, Int4, Int8
 from memjax.quantize.hadamard import hadamard_matrix, rotate, unrotate
 
 FP8S = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
-LARGEST = {"int8": 127.0, "int4": 15.0, "e4m3": 448.0, "e5m2": 57344.0}
+LARGEST = {"int8": 127.0, "int4": 15.0, "int2": 3.0, "e4m3": 448.0, "e5m2": 57344.0}
 PLAIN = [Int8(), Int4(), Fp8(), Fp8(format="e5m2")]
 LOSSY = [*PLAIN, Int8(rotate=True), Int4(rotate=True), Fp8(rotate=True)]
 TINY = float(jnp.finfo(jnp.bfloat16).tiny)
@@ -30,8 +40,9 @@ def name(codec) -> str:
 
 @functools.partial(jax.jit, static_argnums=0)
 def code(codec, x):
-    codes = codec.encode(x, x.dtype)
-    return codes, codec.decode(codes)
+    """Codes of vectors [..., S, H] and what they decode to."""
+    codes = codec.encode(x.swapaxes(-1, -2), x.dtype)
+    return codes, codec.decode(codes).swapaxes(-1, -2)
 
 
 def coded(codec, x):
@@ -126,17 +137,105 @@ def test_what_is_not_finite_shows(codec, bad):
     np.testing.assert_array_equal(np.delete(decoded, 1, 0), np.delete(clean, 1, 0))
 
 
-def test_every_int4_byte_holds_two_levels():
-    """Low nibble: channel j; high nibble: channel j + H/2; encoding gives the byte back."""
-    data = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    codes = Codes(jnp.asarray(data), jnp.ones((16,), jnp.bfloat16), "int4")
-    levels = np.asarray(jax.jit(lambda c: c.decode())(codes))
-    np.testing.assert_array_equal(levels[:, :16], 2 * (data & 15).astype(int) - 15)
-    np.testing.assert_array_equal(levels[:, 16:], 2 * (data >> 4).astype(int) - 15)
-    full = np.concatenate([levels, np.full((16, 2), 15.0)], axis=-1)[:, [*range(16), 32, *range(16, 32), 33]]
-    again = jax.jit(absmax_encode, static_argnums=1)(full * 0.25, "int4")
-    np.testing.assert_array_equal(np.asarray(again.data)[:, :16], data)
+def fields(data: np.ndarray, fmt: str) -> np.ndarray:
+    """The codes [..., H, S] in bytes [..., C, S]: byte r holds channels r, r + C .., from its low bits up."""
+    bits, half = BITS[fmt], 2 ** (BITS[fmt] - 1)
+    planes = [(data.astype(int) >> shift) % 2**bits for shift in range(0, 8, bits)]
+    codes = np.concatenate(planes, axis=-2)
+    return np.where(codes < half, codes, codes - 2 * half)
+
+
+@pytest.mark.parametrize("fmt", ["int4", "int2", "int8"])
+def test_what_every_byte_holds(fmt):
+    """Two's complement codes; packing and encoding give the bytes back."""
+    data = np.arange(256, dtype=np.uint8).reshape(2, 4, 32)
+    stored = jnp.asarray(data.view(np.int8) if fmt == "int8" else data)
+    codes = np.asarray(jax.jit(unpack, static_argnums=1)(stored, fmt))
+    np.testing.assert_array_equal(codes, fields(data, fmt))
+    assert codes.dtype == np.int8
+    np.testing.assert_array_equal(jax.jit(pack, static_argnums=1)(codes, fmt), stored)
+    if fmt == "int8":
+        codes = np.maximum(codes, -127)
+    levels = codes if fmt == "int8" else 2 * codes + 1
+    peaks = np.concatenate([levels, np.full((2, 8 // BITS[fmt], 32), LARGEST[fmt])], axis=1)
+    again = jax.jit(absmax_encode, static_argnums=1)(np.float32(0.25 * peaks), fmt)
+    np.testing.assert_array_equal(again.decode(), 0.25 * peaks)
     np.testing.assert_array_equal(np.asarray(again.scale, np.float32), 0.25)
+
+
+@pytest.mark.parametrize(("fmt", "order"), [("int8", range(8)), ("int4", "04152637"), ("int2", "02461357")])
+def test_the_order_in_which_neighbours_are_unpacked(fmt, order):
+    rows = jnp.arange(16).reshape(2, 8)
+    turned = interleave(rows, fmt)
+    np.testing.assert_array_equal(turned, np.asarray(rows)[:, [int(channel) for channel in order]])
+    np.testing.assert_array_equal(deinterleave(turned, fmt), rows)
+
+
+TABLES = {"int4": (-127, -99, -77, -60, -45, -31, -18, -6, 6, 18, 31, 45, 60, 77, 99, 127), "int2": (-120, -30, 31, 127)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("grid", ["uniform", "cubic", "table"])
+@pytest.mark.parametrize("fmt", ["int4", "int2"])
+def test_levels_of_a_grid(fmt, grid, dtype):
+    """Uniform and table levels are exact in bfloat16 too, cubic ones rounded to it."""
+    data = np.random.default_rng(0).integers(0, 256, (3, 8, 11)).astype(np.uint8)
+    codes = Codes(jnp.asarray(data), None, fmt, grid=TABLES[fmt] if grid == "table" else grid)
+    expected = {
+        "uniform": lambda c: 2 * c + 1,
+        "cubic": lambda c: np.asarray(cubic_levels(fmt))[c + 2 ** BITS[fmt] // 2],
+        "table": lambda c: np.asarray(TABLES[fmt])[c + len(TABLES[fmt]) // 2],
+    }[grid](fields(data, fmt))
+    levels = jax.jit(lambda c: c.levels(dtype))(codes)
+    assert levels.dtype == dtype
+    assert (codes.dim, codes.slots) == levels.shape[1:]
+    exact = 2.0**-8 if (grid, dtype) == ("cubic", "bfloat16") else 1e-6
+    np.testing.assert_allclose(np.asarray(levels, np.float64), expected, rtol=exact)
+
+
+def cubic_levels(fmt: str) -> list[float]:
+    a, b = {"int4": (0.240507, 0.002098), "int2": (0.892887, 0.050693)}[fmt]
+    half = 2 ** (BITS[fmt] - 1)
+    return [x * (a + b * x**2) for x in np.arange(-half, half) + 0.5]
+
+
+@pytest.mark.parametrize(("fmt", "lloyd_max", "loss"), [("int2", 0.117482, 1e-5), ("int4", 0.009501, 0.021)])
+def test_the_cubic_grid_is_nearly_the_best_for_a_gaussian(fmt, lloyd_max, loss):
+    """Its mean squared error beside that of the optimal quantizer (Max, 1960)."""
+    x = np.linspace(-8, 8, 400_001)
+    nearest = np.abs(x[:, None] - np.asarray(cubic_levels(fmt))).min(axis=1)
+    error = np.sum(nearest**2 * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)) * (x[1] - x[0])
+    assert lloyd_max * (1 - 1e-3) < error < lloyd_max * (1 + loss + 1e-3)
+
+
+TILES = {"one per slot": (None, 1), "a channel's tile": (1, 4), "groups of channels": (4, 1), "both": (2, 6), "all": (16, 12)}
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4", "int2", "e4m3"])
+@pytest.mark.parametrize("scale_tile", TILES)
+@pytest.mark.parametrize("zero_tile", [None, *TILES])
+def test_scales_and_zero_points_of_slots_and_tiles(fmt, scale_tile, zero_tile):
+    """x[h, s] = scale[h // a, s // b] * level[h, s] + zero[h // a', s // b']."""
+    dim, slots, rng = 16, 12, np.random.default_rng(1)
+
+    def factor(tile: str | None):
+        if tile is None:
+            return None, 0.0
+        a, b = TILES[tile]
+        shape = (2, 3, slots) if a is None else (2, 3, dim // a, slots // b)
+        drawn = jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        wide = np.asarray(drawn, np.float64)
+        wide = wide[:, :, None] if a is None else wide.repeat(a, axis=2).repeat(b, axis=3)
+        return drawn, wide
+
+    (scale, wide_scale), (zero, wide_zero) = factor(scale_tile), factor(zero_tile)
+    data = jnp.asarray(rng.integers(0, 100, (2, 3, packed_dim(fmt, dim), slots)), jnp.uint8)
+    data = jax.lax.bitcast_convert_type(data, {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}.get(fmt, jnp.uint8))
+    codes = Codes(data, scale, fmt, zero)
+    levels = 2 * fields(np.asarray(data), fmt) + 1 if fmt in ("int4", "int2") else np.asarray(data, np.float64)
+    found = jax.jit(lambda c: c.decode())(codes)
+    np.testing.assert_allclose(found, levels * wide_scale + wide_zero, rtol=1e-6, atol=1e-6 * np.abs(levels).max())
+    assert codes.per_slot == (scale_tile == "one per slot" and zero_tile in (None, "one per slot"))
 
 
 @pytest.mark.parametrize("fmt", ["int8", *FP8S])
@@ -155,16 +254,16 @@ def test_what_is_on_the_grid_is_exact(fmt):
 )
 def test_bits_per_value_are_those_of_the_buffers(codec, at_64, at_128):
     for dim, bits in ((64, at_64), (128, at_128)):
-        codes = jax.eval_shape(lambda x: codec.encode(x, jnp.bfloat16), jnp.zeros((3, dim), jnp.bfloat16))
+        codes = jax.eval_shape(lambda x: codec.encode(x, jnp.bfloat16), jnp.zeros((dim, 3), jnp.bfloat16))
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(codes))
         assert 8 * held / (3 * dim) == codec.bits_per_value(dim) == bits
-        assert codes.dim == dim
-        empty = jax.eval_shape(functools.partial(zeros, codec.fmt, (3, dim), jnp.bfloat16))
+        assert (codes.dim, codes.slots) == (dim, 3)
+        empty = jax.eval_shape(functools.partial(zeros, codec.fmt, (dim, 3), jnp.bfloat16))
         assert jax.tree.map(lambda a: (a.shape, a.dtype), empty) == jax.tree.map(lambda a: (a.shape, a.dtype), codes)
 
 
 def test_dense_casts_and_no_more():
-    x = jnp.linspace(-1, 1, 48, dtype=jnp.float32).reshape(3, DIM)
+    x = jnp.linspace(-1, 1, 48, dtype=jnp.float32).reshape(DIM, 3)
     codes = Dense().encode(x, jnp.bfloat16)
     assert codes.scale is None
     np.testing.assert_array_equal(codes.data, x.astype(jnp.bfloat16))
@@ -185,6 +284,14 @@ def test_scores_do_not_change_under_rotation(dim):
     np.testing.assert_allclose(turned_q @ turned_k.T, q @ k.T, atol=1e-4)
     np.testing.assert_allclose(jax.jit(unrotate)(turned_q), q, atol=1e-5)
     assert jax.eval_shape(rotate, jnp.zeros((2, dim), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("turn", [rotate, unrotate])
+def test_vectors_in_slots_are_rotated_like_rows(turn):
+    x = np.random.default_rng(5).standard_normal((2, 3, 24, 7)).astype(np.float32)
+    slots, rows = jax.jit(lambda x: (turn(x, axis=-2), turn(x.swapaxes(-1, -2)).swapaxes(-1, -2)))(x)
+    np.testing.assert_allclose(slots, rows, atol=1e-6)
+    assert relative_error(slots, x) > 1
 
 
 def test_a_constant_vector_does_not_end_up_in_one_channel():
@@ -214,7 +321,9 @@ def test_dimensions_that_cannot_be_rotated(dim):
 
 
 def test_what_codecs_refuse():
-    with pytest.raises(ValueError, match="even head dimension, got 33"):
+    with pytest.raises(ValueError, match="multiple of 2 channels, got 33"):
         Int4().validate(33)
+    with pytest.raises(ValueError, match="int2 packs 4 values per byte and needs a multiple of 4 channels, got 66"):
+        packed_dim("int2", 66)
     with pytest.raises(ValueError, match="'e3m4' is not one of e4m3, e5m2"):
         Fp8(format="e3m4")

@@ -94,15 +94,15 @@ WRONG = {
     "streaming(4,sixteen)": "streaming needs window to be a number (int), got 'sixteen'",
     "streaming(4,16.5)": "streaming needs window to be a number (int), got '16.5'",
     "int4(rotate=1)": "int4 needs rotate to be true or false, got '1'",
-    "streaming(-1,16)": "streaming needs sinks >= 0, got -1",
-    "streaming(4,0)": "streaming needs a window of at least 1 token, got 0",
-    "streaming(4,-16)": "streaming needs a window of at least 1 token, got -16",
+    "streaming(-1,16)": "streaming needs sinks to be an integer of at least 0, got -1",
+    "streaming(4,0)": "streaming needs window to be an integer of at least 1, got 0",
+    "streaming(4,-16)": "streaming needs window to be an integer of at least 1, got -16",
     "streaming(4,16,positions=paper)": "streaming positions 'paper' is not one of cache, text",
     "fp8(e3m4)": "fp8 format 'e3m4' is not one of e4m3, e5m2",
-    "host(0)": "host needs resident >= 1 and page >= 1 tokens, got 0, 256",
-    "host(8,-4)": "host needs resident >= 1 and page >= 1 tokens, got 8, -4",
-    "protect(-1,8)": "protect needs sinks >= 0 and recent >= 0, got -1, 8",
-    "protect(1,-8)": "got 1, -8",
+    "host(0)": "host needs resident to be an integer of at least 1, got 0",
+    "host(8,-4)": "host needs page to be an integer of at least 1, got -4",
+    "protect(-1,8)": "protect needs sinks to be an integer of at least 0, got -1",
+    "protect(1,-8)": "protect needs recent to be an integer of at least 0, got -8",
     "int4+int8": "cannot chain int4 and int8: both decide quantization; keep one of them",
     "streaming(4,16)+int8+streaming(4,8)": "both decide eviction",
     "host(8)+host(9)": "both decide placement",
@@ -114,6 +114,24 @@ WRONG = {
 def test_what_is_wrong_is_explained(text):
     with pytest.raises(ValueError, match=re.escape(WRONG[text])):
         mj.policy(text)
+
+
+@pytest.mark.parametrize("bad", [4.5, 4.0, "4", True, None])
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda n: mj.streaming(n, 16), "streaming needs sinks"),
+        (lambda n: mj.streaming(4, n), "streaming needs window"),
+        (lambda n: mj.host(n), "host needs resident"),
+        (lambda n: mj.host(8, n), "host needs page"),
+        (lambda n: mj.protect(n, 8), "protect needs sinks"),
+        (lambda n: mj.protect(4, n), "protect needs recent"),
+        (lambda n: mj.protect_layers(mj.int4(), n), "protect_layers needs count"),
+    ],
+)
+def test_numbers_of_tokens_are_integers(build, name, bad):
+    with pytest.raises(ValueError, match=rf"{name} to be an integer of at least \d, got {re.escape(repr(bad))}"):
+        build(bad)
 
 
 @pytest.mark.parametrize("thing", [None, 4, mj.int4()])
@@ -153,7 +171,7 @@ def test_the_outer_layers_can_be_protected():
 
 
 def test_wrong_layers_are_refused():
-    with pytest.raises(ValueError, match="count >= 0, got -1"):
+    with pytest.raises(ValueError, match="count to be an integer of at least 0, got -1"):
         mj.protect_layers(mj.int4(), -1)
     with pytest.raises(ValueError, match=r"layers \[-4, 7\], but the model has 3"):
         mj.per_layer(mj.int4(), {7: mj.dense(), -4: mj.dense()}).init([SPEC] * 3)

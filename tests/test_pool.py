@@ -22,31 +22,40 @@ BATCH, HEADS, PAGES = 2, 3, 5
 def segment(slots: int, dim: int = 16, seed: int = 0) -> dict:
     """Leaves of the kinds that segments have."""
     draw = np.random.default_rng(seed).integers
-    lead = (BATCH, HEADS, slots)
+    lead = (BATCH, HEADS)
     return {
-        "codes": jnp.asarray(draw(-127, 128, (*lead, dim)), jnp.int8),
-        "scale": jnp.asarray(draw(-9, 9, lead), jnp.bfloat16),
-        "dense": jnp.asarray(draw(-9, 9, (*lead, 2 * dim)), jnp.float32),
+        "codes": jnp.asarray(draw(-127, 128, (*lead, dim, slots)), jnp.int8),
+        "scale": jnp.asarray(draw(-9, 9, (*lead, slots)), jnp.bfloat16),
+        "dense": jnp.asarray(draw(-9, 9, (*lead, 2 * dim, slots)), jnp.float32),
     }
 
 
-@pytest.mark.parametrize(("page", "dim"), [(1, 1), (3, 16), (4, 32), (256, 16), (64, 128)])
+@pytest.mark.parametrize(("page", "dim"), [(1, 1), (3, 16), (4, 32), (256, 16), (64, 128), (128, 3), (2048, 8)])
 def test_what_is_stored_comes_back(page, dim):
     slots = segment(PAGES * page, dim)
     stored = pool.store(slots, page)
-    chex.assert_trees_all_equal(pool.load(stored, slots, page), slots)
+    chex.assert_trees_all_equal(pool.load(stored, slots), slots)
     for i in (0, PAGES - 1):
-        expected = jax.tree.map(lambda leaf, i=i: leaf[:, :, i * page : (i + 1) * page], slots)
-        chex.assert_trees_all_equal(pool.load_page(stored, slots, page, i), expected)
+        expected = jax.tree.map(lambda leaf, i=i: leaf[..., i * page : (i + 1) * page], slots)
+        chex.assert_trees_all_equal(pool.load_page(stored, slots, i), expected)
     for leaf, kept in zip(jax.tree.leaves(slots), jax.tree.leaves(stored), strict=True):
         assert kept.shape[:3] == (PAGES, BATCH, HEADS)
         assert kept.nbytes == leaf.nbytes
         assert kept.sharding.memory_kind == "pinned_host"
 
 
-def test_pages_are_whole_tiles_where_they_can_be():
-    shapes = jax.tree.map(lambda leaf: leaf.shape[3:], pool.store(segment(512, 128), 256))
-    assert shapes == {"codes": (32, 8, 128), "scale": (2, 128), "dense": (64, 8, 128)}
+@pytest.mark.parametrize(
+    ("dim", "page", "shapes"),
+    [
+        (128, 256, {"codes": (16, 8, 256), "scale": (2, 128), "dense": (32, 8, 256)}),
+        (20, 256, {"codes": (5, 8, 128), "scale": (2, 128), "dense": (5, 8, 256)}),
+        (64, 64, {"codes": (4, 8, 128), "scale": (64,), "dense": (8, 8, 128)}),
+        (3, 1024, {"codes": (3, 8, 128), "scale": (1, 8, 128), "dense": (6, 8, 128)}),
+    ],
+)
+def test_pages_are_whole_tiles_where_they_can_be(dim, page, shapes):
+    """Channels as they lie if they come in eights and the page in lanes, else folded into rows."""
+    assert jax.tree.map(lambda leaf: leaf.shape[3:], pool.store(segment(2 * page, dim), page)) == shapes
 
 
 @pytest.mark.parametrize(("page", "tokens", "filled"), [(4, 7, 0.3), (4, 1, 0.05), (3, 20, 1.0), (5, 3, 0.0)])
@@ -56,11 +65,11 @@ def test_a_write_puts_each_token_where_it_is_told(page, tokens, filled):
     source = draw.integers(0, tokens, (BATCH, PAGES * page))
     source = np.where(draw.random(source.shape) < filled, source, -1).astype(np.int32)
     write = jax.jit(lambda kept, new, at: pool.write(kept, new, at, page))
-    written = pool.load(write(pool.store(slots, page), block, source), slots, page)
+    written = pool.load(write(pool.store(slots, page), block, source), slots)
     for name, leaf in slots.items():
         expected = np.array(leaf)
         for row, slot in np.argwhere(source >= 0):
-            expected[row, :, slot] = block[name][row, :, source[row, slot]]
+            expected[row, ..., slot] = block[name][row, ..., source[row, slot]]
         np.testing.assert_array_equal(written[name], expected)
 
 

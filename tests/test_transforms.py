@@ -59,7 +59,7 @@ def test_quantize(codec):
     assert mj.nbytes(after).bits_per_value <= 9
     made = filled(str(after.policy))
     for a, b in zip(jax.tree.leaves(after.history), jax.tree.leaves(made.history), strict=True):
-        np.testing.assert_array_equal(*(np.asarray(x)[:, :, :HISTORY] for x in (a, b)))
+        np.testing.assert_array_equal(*(np.asarray(x)[..., :HISTORY] for x in (a, b)))
     for name in ("sinks", "tail", "length", "written"):
         np.testing.assert_array_equal(*(jax.tree.leaves(getattr(x, name))[0] for x in (after, before)))
     out, after = next_outputs(after)
@@ -144,8 +144,8 @@ def test_evict_keeps_the_best(heads):
     np.testing.assert_array_equal(pos[..., :BUDGET], kept)
     assert (pos[..., BUDGET:] == -1).all()
     assert mj.nbytes(after).history == BATCH * HEADS * (BUDGET + ROOM) * (2 * 16 * 4 + 4)
-    keys = np.take_along_axis(np.asarray(filled().history.k.data), (kept - SINKS)[..., None], axis=2)
-    np.testing.assert_array_equal(np.asarray(after.history.k.data)[:, :, :BUDGET], keys)
+    keys = np.take_along_axis(np.asarray(filled().history.k.data), (kept - SINKS)[:, :, None], axis=-1)
+    np.testing.assert_array_equal(np.asarray(after.history.k.data)[..., :BUDGET], keys)
     out, after = next_outputs(after)
     np.testing.assert_allclose(out, attention_over(kept), atol=1e-5)
     assert after.written.tolist() == [BUDGET + MORE] * BATCH
@@ -171,7 +171,7 @@ def test_evict_and_quantize_commute():
     one, other = quick_jit(both)(filled())
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(*(np.asarray(x)[:, :, :BUDGET] if x.ndim > 2 else x for x in (a, b)))
+        np.testing.assert_array_equal(*(np.asarray(x)[..., :BUDGET] if x.ndim > 2 else x for x in (a, b)))
     np.testing.assert_array_equal(next_outputs(one)[0], next_outputs(other)[0])
 
 

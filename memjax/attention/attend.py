@@ -9,9 +9,13 @@ from jaxtyping import Array, Float, Int
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.layer import LayerCache, Segment, leaving_count, staged_positions
 from memjax.offload import pool
-from memjax.pallas_kernels.flash import attention_xla, merge
+from memjax.pallas_kernels.decode import decode
+from memjax.pallas_kernels.merge import merge
+from memjax.pallas_kernels.prefill import prefill
+from memjax.pallas_kernels.slots import FREE, Positions, Span
+from memjax.pallas_kernels.slots import positions as as_array
 
-FREE = -1  # position of a slot that holds no token
+DECODE_TOKENS = 8  # with more new tokens than these, kernels work on blocks of query rows
 
 
 def attend(
@@ -39,19 +43,20 @@ def attend(
             f"kv_heads={spec.kv_heads}, got {list(q.shape)}"
         )
     batch, tokens, heads, _ = q.shape
+    consecutive = positions is None
     if positions is None:
         if cache.staged is not None and cache.staged.slots != tokens:
             raise ValueError(
                 f"attend got {tokens} queries for {cache.staged.slots} staged tokens: pass the positions of the queries"
             )
         positions = staged_positions(cache, tokens) - (0 if cache.staged is not None else tokens)
-    reader = _Reader(cache, q, positions)
-    parts = [reader.recent_part()]
+    reader = _Reader(cache, q, positions, consecutive)
+    parts = reader.recent_parts()
     if cache.history is not None:
         parts += reader.history_parts()
     if reader.sinks_stand_apart:
         parts.append(reader.sink_part())
-    out, _ = merge([part for part in parts if part is not None])
+    out, _ = merge(parts)
     out = out.reshape(batch, heads, tokens, -1).swapaxes(1, 2)
     return jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out).astype(q.dtype)
 
@@ -68,16 +73,19 @@ def _overflowed(cache: LayerCache) -> Array:
 class _Reader:
     """The queries of one call, prepared once, and the attention over each kind of segment."""
 
-    def __init__(self, cache: LayerCache, q: Array, positions: Array):
+    def __init__(self, cache: LayerCache, q: Array, positions: Array, consecutive: bool):
         self.cache, self.spec, self.place = cache, cache.spec, cache.layout
         self.positions = positions
+        self.kernels = cache.policy.kernels
+        self.in_blocks = consecutive and q.shape[1] > DECODE_TOKENS
         self.groups = q.shape[2] // self.spec.kv_heads
         self.q = self._rows(self._rotate(q, positions))
         self.sinks_stand_apart = False
         # Only a rotary embedding and the model's own window depend on where a query stands.
         placed = isinstance(self.spec.rope, Rope) or self.spec.window is not None
         if placed and self.place.recent is not None and self.place.sinks:
-            self.sink_positions = cache.policy.evictor.sink_query_positions(positions, self.place.sinks)
+            kept = self.place.sinks + self.place.recent
+            self.sink_positions = cache.policy.evictor.sink_query_positions(positions, kept)
             self.sinks_stand_apart = self.sink_positions is not positions
             self.q_sinks = self._rows(self._rotate(q, self.sink_positions))
 
@@ -91,59 +99,72 @@ class _Reader:
         batch, tokens, _, dim = q.shape
         return q.swapaxes(1, 2).reshape(batch, self.spec.kv_heads, self.groups * tokens, dim)
 
-    def _attend(self, q: Array, segment: Segment, k_pos: Array, q_pos: Array | None = None):
-        coded, q_pos = self.spec.coded_dim, self.positions if q_pos is None else q_pos
-        return attention_xla(
-            q[..., :coded],
-            segment.k,
-            segment.v,
-            q_pos=jnp.tile(q_pos, (1, self.groups)),
-            k_pos=k_pos,
-            q_extra=q[..., coded:] if self.spec.extra_dim else None,
-            k_extra=segment.extra,
-            scale=self.spec.attention_scale,
-            softcap=self.spec.softcap,
-            window=self.spec.window,
-            recent=self.place.recent,
-            sinks=self.place.sinks,
-        )
+    def _attend(self, q: Array, segment: Segment, k_pos: Positions, implementation: str | None, q_pos: Array | None = None):
+        """Attention over one segment; ``q_pos``: where the queries stand, if not at ``self.positions``."""
+        coded = self.spec.coded_dim
+        arguments = {
+            "k_pos": k_pos,
+            "q_extra": q[..., coded:] if self.spec.extra_dim else None,
+            "k_extra": segment.extra,
+            "scale": self.spec.attention_scale,
+            "softcap": self.spec.softcap,
+            "window": self.spec.window,
+            "recent": self.place.recent,
+            "sinks": self.place.sinks,
+            "implementation": implementation,
+        }
+        q = q[..., :coded]
+        if self.in_blocks and q_pos is None:
+            start = self.positions[:, 0]
+            return prefill(q, segment.k, segment.v, q_start=start, groups=self.groups, **arguments)
+        q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
+        return decode(q, segment.k, segment.v, q_pos=q_pos, **arguments)
 
-    def recent_part(self):
-        """Sinks, tail and staged tokens: all dense, so one segment (without the sinks if those see other queries)."""
-        cache = self.cache
-        found = []
+    def recent_parts(self):
+        """Sinks, tail and staged tokens: all dense, so one segment (without the sinks if those see other queries).
+
+        They are few, and joining them copies them: XLA does that. A chunk of many staged tokens is a kernel's own part.
+        """
+        cache, parts, found = self.cache, [], []
         if cache.sinks is not None and not self.sinks_stand_apart:
             found.append((cache.sinks, _sink_positions(cache)))
         if cache.tail is not None:
             found.append((cache.tail, _tail_positions(cache)))
         if cache.staged is not None:
-            position = _staged_key_positions(cache)
+            position = Span(cache.length, cache.staged_count)
             if self.sinks_stand_apart:
+                position = as_array(position, cache.staged.slots)
                 position = jnp.where(position >= self.place.sinks, position, FREE)
-            found.append((cache.staged, position))
-        return self._attend_joined(self.q, found) if found else None
+            if self.in_blocks and self.kernels not in (None, "xla"):
+                parts.append(self._attend(self.q, cache.staged, position, self.kernels))
+            else:
+                found.append((cache.staged, position))
+        return [self._attend_joined(self.q, found), *parts] if found else parts
 
     def sink_part(self):
         """Sinks under queries that stand elsewhere (positions inside the cache), staged sinks included."""
         cache, sinks = self.cache, self.place.sinks
         found = [(cache.sinks, _sink_positions(cache))]
         if cache.staged is not None:
-            first = jax.tree.map(lambda x: x[:, :, :sinks], cache.staged)
-            position = _staged_key_positions(cache)[:, :sinks]
-            found.append((first, jnp.where(position < sinks, position, FREE)))
+            first = jax.tree.map(lambda x: x[..., :sinks], cache.staged)
+            count = jnp.clip(sinks - cache.length, 0, jnp.minimum(cache.staged_count, first.slots))
+            found.append((first, Span(cache.length, count)))
         return self._attend_joined(self.q_sinks, found, self.sink_positions)
 
-    def _attend_joined(self, q: Array, found: list[tuple[Segment, Array]], q_pos: Array | None = None):
+    def _attend_joined(self, q: Array, found: list[tuple[Segment, Positions]], q_pos: Array | None = None):
         """Dense segments as one."""
         wide = [jax.tree.map(lambda x: x.astype(q.dtype), segment) for segment, _ in found]
-        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=2), *wide)
-        return self._attend(q, joined, jnp.concatenate([pos for _, pos in found], axis=-1)[:, None], q_pos)
+        if len(found) == 1:
+            return self._attend(q, wide[0], found[0][1], "xla", q_pos)
+        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *wide)
+        k_pos = jnp.concatenate([as_array(pos, segment.slots) for segment, pos in found], axis=-1)
+        return self._attend(q, joined, k_pos, "xla", q_pos)
 
     def history_parts(self):
         """The coded history, in the codec's basis, and the older part of it in host memory."""
         cache, codec, coded = self.cache, self.cache.policy.codec, self.spec.coded_dim
         q = jnp.concatenate([codec.into_basis(self.q[..., :coded]), self.q[..., coded:]], axis=-1)
-        parts = [self._attend(q, cache.history, history_positions(cache))]
+        parts = [self._attend(q, cache.history, history_positions(cache), self.kernels)]
         if cache.host is not None:
             parts.append(self._host_part(q))
         return [(codec.out_of_basis(out), lse) for out, lse in parts]
@@ -154,8 +175,12 @@ class _Reader:
         positions = _host_positions(cache)
 
         def one_page(i: int | Array):
-            segment = pool.load_page(cache.host, cache.history, page, i)
-            return self._attend(q, segment, jax.lax.dynamic_slice_in_dim(positions, i * page, page, axis=2))
+            segment = pool.load_page(cache.host, cache.history, i)
+            if isinstance(positions, Span):
+                of_page = Span(positions.start + i * page, jnp.clip(positions.count - i * page, 0, page))
+            else:
+                of_page = jax.lax.dynamic_slice_in_dim(positions, i * page, page, axis=-1)
+            return self._attend(q, segment, of_page, self.kernels)
 
         def step(carry, i: Array):
             return merge([carry, one_page(i)]), None
@@ -164,21 +189,15 @@ class _Reader:
         return jax.lax.scan(step, one_page(0), jnp.arange(1, pages))[0]
 
 
-def _sink_positions(cache: LayerCache) -> Array:
-    slot = jnp.arange(cache.layout.sinks, dtype=jnp.int32)
-    return jnp.where(slot < cache.length[:, None], slot, FREE)
+def _sink_positions(cache: LayerCache) -> Span:
+    return Span(jnp.zeros_like(cache.length), jnp.minimum(cache.length, cache.layout.sinks))
 
 
-def _tail_positions(cache: LayerCache) -> Array:
+def _tail_positions(cache: LayerCache) -> Int[Array, "B 1 S"]:
     """Slot j of the tail holds the newest committed position that is j modulo the tail's length."""
     tail, length = cache.layout.tail, cache.length[:, None]
     position = length - 1 - (length - 1 - jnp.arange(tail, dtype=jnp.int32)) % tail
-    return jnp.where(position >= cache.layout.sinks, position, FREE)
-
-
-def _staged_key_positions(cache: LayerCache) -> Array:
-    position = staged_positions(cache, cache.staged.slots)
-    return jnp.where(position < (cache.length + cache.staged_count)[:, None], position, FREE)
+    return jnp.where(position >= cache.layout.sinks, position, FREE)[:, None]
 
 
 def _order_in_ring(written: Array, slots: int) -> Array:
@@ -187,17 +206,26 @@ def _order_in_ring(written: Array, slots: int) -> Array:
     return last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
 
 
-def history_positions(cache: LayerCache) -> Int[Array, "B K S"]:
-    history = cache.history
+def history_positions(cache: LayerCache) -> Positions:
+    """Positions of the history's slots on the device."""
+    history, place = cache.history, cache.layout
     if history.pos is not None:
         return history.pos
+    if not place.ring and cache.host is None:
+        return _from_first_slot(cache, jnp.minimum(cache.written, history.slots))
     order = _order_in_ring(cache.written, history.slots)
-    return jnp.where(order >= 0, order + cache.layout.sinks, FREE)[:, None]
+    return jnp.where(order >= 0, order + place.sinks, FREE)[:, None]
 
 
-def _host_positions(cache: LayerCache) -> Int[Array, "B 1 S"]:
+def _from_first_slot(cache: LayerCache, count: Array) -> Span:
+    return Span(jnp.full_like(cache.length, cache.layout.sinks), count)
+
+
+def _host_positions(cache: LayerCache) -> Positions:
     """Positions of the host pool, but for the tokens that the device holds too and the padding of the last page."""
     place = cache.layout
+    if not place.ring:
+        return _from_first_slot(cache, jnp.clip(cache.written - place.resident, 0, place.slots))
     order = _order_in_ring(cache.written, place.slots)
     older = (order >= 0) & (order < cache.written[:, None] - place.resident)
     position = jnp.where(older, order + place.sinks, FREE)

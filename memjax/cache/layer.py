@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.layout import Layout, layout
+from memjax.cache.slots import take, write, write_ring
 from memjax.cache.spec import CacheSpec
 from memjax.offload import pool
 from memjax.pallas_kernels.codes import Codes, dense, zeros
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "extra", "pos"], meta_fields=[])
 @dataclass(frozen=True)
 class Segment:
-    """Key and value codes [B, K, S, .]; ``v`` is None for a latent stream, ``extra`` its dense rotary part.
+    """Key and value codes [B, K, C, S]; ``v`` is None for a latent stream, ``extra`` its dense rotary part.
 
     ``pos`` int32 [B, K, S] is stored where slots and positions have come apart (-1: free), else None.
     """
@@ -44,7 +45,7 @@ class Segment:
 
     @property
     def slots(self) -> int:
-        return self.k.data.shape[2]
+        return self.k.slots
 
 
 @functools.partial(
@@ -59,7 +60,7 @@ class LayerCache:
     Attributes:
       sinks, history, host, tail: committed tokens, see ``Layout``; None where a policy has none. The leaves of ``host``
         lie in pages, see ``memjax.offload.pool``.
-      staged: tokens given to ``update`` and not committed yet, [B, K, T, .], exact; None after ``attend``.
+      staged: tokens given to ``update`` and not committed yet, [B, K, H, T], exact; None after ``attend``.
       staged_count: int32 [B], how many of the staged tokens are real (the others are padding).
       length: int32 [B], tokens committed.
       written: int32 [B], tokens that have entered the history.
@@ -90,12 +91,12 @@ def init_layer(policy: CachePolicy, spec: CacheSpec) -> LayerCache:
     def segment(slots: int, key_fmt: str, value_fmt: str) -> Segment | None:
         if slots == 0:
             return None
-        lead = (spec.batch, spec.kv_heads, slots)
+        lead = (spec.batch, spec.kv_heads)
         latent = spec.latent_dim is not None
         return Segment(
-            k=zeros(key_fmt, (*lead, spec.coded_dim), spec.dtype),
-            v=None if latent else zeros(value_fmt, (*lead, spec.value_dim), spec.dtype),
-            extra=zeros("dense", (*lead, spec.extra_dim), spec.dtype) if spec.extra_dim else None,
+            k=zeros(key_fmt, (*lead, spec.coded_dim, slots), spec.dtype),
+            v=None if latent else zeros(value_fmt, (*lead, spec.value_dim, slots), spec.dtype),
+            extra=zeros("dense", (*lead, spec.extra_dim, slots), spec.dtype) if spec.extra_dim else None,
         )
 
     host = segment(place.host_slots, codec.fmt, codec.fmt)
@@ -145,11 +146,11 @@ def update(
         k, v = jnp.where(real, k, 0), None if v is None else jnp.where(real, v, 0)
     if isinstance(spec.rope, Rope):
         k = apply_rope(k, staged_positions(cache, k.shape[1]), spec.rope, spec.capacity)
-    k = jnp.swapaxes(k, 1, 2)
+    k, v = jnp.moveaxis(k, 1, -1), None if v is None else jnp.moveaxis(v, 1, -1)
     staged = Segment(
-        k=dense(k[..., : spec.coded_dim]),
-        v=None if v is None else dense(jnp.swapaxes(v, 1, 2)),
-        extra=dense(k[..., spec.coded_dim :]) if spec.extra_dim else None,
+        k=dense(k[:, :, : spec.coded_dim]),
+        v=None if v is None else dense(v),
+        extra=dense(k[:, :, spec.coded_dim :]) if spec.extra_dim else None,
     )
     return dataclasses.replace(cache, staged=staged, staged_count=count)
 
@@ -179,17 +180,14 @@ def commit(cache: LayerCache) -> LayerCache:
     """Moves the staged tokens to where they belong: sinks, tail, or, encoded, the history."""
     if cache.staged is None:
         return cache
-    place, start, count = cache.layout, cache.length, cache.staged_count
-    position = staged_positions(cache, cache.staged.slots)
-    real = position < (start + count)[:, None]
+    start, count = cache.length, cache.staged_count
     sinks, tail = cache.sinks, cache.tail
     staged = _cast(cache.staged, cache.spec.dtype)
     if sinks is not None:
-        sinks = _write(sinks, staged, jnp.where(real, position, place.sinks))
+        sinks = write(sinks, staged, start, count)
     history, host, written = _commit_history(cache)
     if tail is not None:
-        newest = real & (position >= jnp.maximum((start + count)[:, None] - place.tail, place.sinks))
-        tail = _write(tail, staged, jnp.where(newest, position % place.tail, place.tail))
+        tail = write_ring(tail, staged, start, count)
     return dataclasses.replace(
         cache,
         sinks=sinks,
@@ -217,20 +215,11 @@ def _commit_history(cache: LayerCache) -> tuple[Segment | None, Segment | None, 
         extra=None if block.extra is None else dense(block.extra.data, spec.dtype),
         pos=None,
     )
-    index = jnp.arange(position.shape[1], dtype=jnp.int32)
-    order = written[:, None] + index
-
-    def put(target: Segment, slots: int, ring: bool) -> Segment:
-        # Of tokens that would share a slot of a ring only the newest is written: a scatter has no order.
-        keep = (index < count[:, None]) & (index >= count[:, None] - slots if ring else True)
-        stored = coded
-        if target.pos is not None:
-            shape = (*position.shape[:1], spec.kv_heads, *position.shape[1:])
-            stored = dataclasses.replace(coded, pos=jnp.broadcast_to(position[:, None], shape))
-        return _write(target, stored, jnp.where(keep, order % slots if ring else order, target.slots))
-
-    tiered = cache.host is not None
-    history = put(cache.history, place.resident if tiered else cache.history.slots, place.ring or tiered)
+    stored, tiered = coded, cache.host is not None
+    if cache.history.pos is not None:
+        shape = (spec.batch, spec.kv_heads, position.shape[1])
+        stored = dataclasses.replace(coded, pos=jnp.broadcast_to(position[:, None], shape))
+    history = (write_ring if place.ring or tiered else write)(cache.history, stored, written, count)
     if not tiered:
         return history, None, written_after
     source = _source(written, written_after, place)
@@ -260,24 +249,17 @@ def _leaving(cache: LayerCache) -> tuple[Segment, Array, Array]:
     position = first[:, None] + jnp.arange(staged.slots, dtype=jnp.int32)
     if place.sinks == 0 and place.tail == 0:
         return staged, position, count
-    source, offset = staged, position - start[:, None]
-    if cache.tail is not None:
+    if cache.tail is None:
+        source, offset = staged, position - start[:, None]
+    elif staged.slots <= place.tail:  # what leaves has been in the tail
+        source, offset = _cast(cache.tail, staged.k.data.dtype), position % place.tail
+    else:
         tail = _cast(cache.tail, staged.k.data.dtype)
-        source = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), tail, staged)
+        source = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), tail, staged)
+        offset = position - start[:, None]
         offset = jnp.where(offset < 0, position % place.tail, offset + place.tail)
-    offset = jnp.clip(offset, 0, source.slots - 1)[:, None, :, None]
-    return jax.tree.map(lambda x: jnp.take_along_axis(x, offset, axis=2), source), position, count
+    return take(source, jnp.clip(offset, 0, source.slots - 1)), position, count
 
 
 def _cast(segment: Segment, dtype: DTypeLike) -> Segment:
     return jax.tree.map(lambda x: x.astype(dtype), segment)
-
-
-def _write(target: Segment, block: Segment, slots: Int[Array, "B T"]) -> Segment:
-    """Writes token t of row b into slot ``slots[b, t]`` of every leaf; slots out of range are dropped."""
-
-    def scatter(leaf: Array, new: Array) -> Array:
-        rows = jnp.arange(leaf.shape[0])[:, None]
-        return leaf.at[rows, :, slots].set(jnp.moveaxis(new, 2, 1), mode="drop")
-
-    return jax.tree.map(scatter, target, block)

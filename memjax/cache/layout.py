@@ -21,7 +21,8 @@ class Layout:
       tail: newest tokens, dense, in a ring (slot = position mod tail).
       slots: history slots. Token number o to enter the history sits in slot o, or o mod slots when ``ring``.
       ring: the history forgets its oldest token for a new one.
-      recent: an evictor's window: keys at this distance are gone (sinks apart). None: nothing is evicted.
+      recent: an evictor's window, at most what the capacity leaves for it: keys at this distance are gone (sinks apart).
+        None: nothing is evicted.
       resident: history slots on the device; equal to ``slots`` without a tier.
       host_slots: history slots in host memory, whole pages; 0 without a tier.
     """
@@ -39,9 +40,12 @@ class Layout:
 def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
     """The layout of ``policy`` for one layer."""
     windows, evictor, tier = policy.resolved_windows(), policy.evictor, policy.tier
-    sinks = min(windows.sinks, spec.capacity)
-    keep = spec.capacity if evictor is None else min(spec.capacity, evictor.budget(sinks))
-    evicts = keep < spec.capacity
+    if evictor is None:
+        sinks, recent, keep = min(windows.sinks, spec.capacity), None, spec.capacity
+    else:
+        sinks = min(windows.sinks, spec.capacity - 1)
+        recent = min(evictor.window, spec.capacity - sinks)
+        keep = sinks + recent
     if spec.window is not None:
         keep = min(keep, sinks + spec.window)
     tail = min(windows.recent, keep - sinks)
@@ -53,8 +57,8 @@ def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
         sinks=sinks,
         tail=tail,
         slots=slots,
-        ring=keep < spec.capacity,
-        recent=evictor.window if evicts else None,
+        ring=evictor is not None or keep < spec.capacity,
+        recent=recent,
         resident=resident,
         host_slots=host_slots,
     )

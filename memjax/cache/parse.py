@@ -17,6 +17,7 @@ PARTS: dict[str, Callable[..., CachePolicy]] = {
     "streaming": parts.streaming,
     "host": parts.host,
     "protect": parts.protect,
+    "kernels": parts.kernels,
 }
 _PART = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
 

@@ -21,13 +21,14 @@ from memjax.attention.attend import attend as _attend
 from memjax.cache.layer import LayerCache, commit, init_layer
 from memjax.cache.layer import update as _update
 from memjax.cache.recurrent import RecurrentCache, init_recurrent
-from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec
+from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec, check_integers
 from memjax.evict import Streaming
 from memjax.offload import HostTier
 from memjax.quantize import Codec, Dense, Fp8, Int4, Int8
 
 AnyLayerCache = LayerCache | RecurrentCache
 ModelCache = tuple[AnyLayerCache, ...]
+KERNELS = ("pallas", "xla")
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,14 @@ class Windows:
     """Tokens that nothing lossy happens to: the first ``sinks`` and the newest ``recent`` ones.
 
     Raises:
-      ValueError: a negative number.
+      ValueError: a number that is negative or no integer.
     """
 
     sinks: int = 4
     recent: int = 64
 
     def __post_init__(self):
-        if self.sinks < 0 or self.recent < 0:
-            raise ValueError(f"protect needs sinks >= 0 and recent >= 0, got {self.sinks}, {self.recent}")
+        check_integers("protect", 0, sinks=self.sinks, recent=self.recent)
 
 
 class Policy(Protocol):
@@ -64,12 +64,19 @@ class CachePolicy:
       tier: where the history lives; None: on the device.
       windows: what is protected from the codec; None: 4 sinks and 64 recent tokens for a lossy codec (with an evictor,
         the evictor's sinks), nothing for a lossless one.
+      kernels: how the history is read, see ``kernels``; None: with kernels that were checked on the hardware at hand,
+        else with XLA.
     """
 
     codec: Codec = Dense()
     evictor: Streaming | None = None
     tier: HostTier | None = None
     windows: Windows | None = None
+    kernels: str | None = None
+
+    def __post_init__(self):
+        if self.kernels not in (None, *KERNELS):
+            raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
 
     def resolved_windows(self) -> Windows:
         """The windows in force."""
@@ -136,6 +143,8 @@ class CachePolicy:
         texts = [_part_string(part) for part in parts]
         if self.windows is not None:
             texts.append(f"protect({self.windows.sinks},{self.windows.recent})")
+        if self.kernels is not None:
+            texts.append(f"kernels({self.kernels})")
         return "+".join(texts) or "dense"
 
 
@@ -251,6 +260,17 @@ def protect(sinks: int = 4, recent: int = 64) -> CachePolicy:
     return CachePolicy(windows=Windows(sinks, recent))
 
 
+def kernels(name: str = "pallas") -> CachePolicy:
+    """Reads the history with ``pallas`` (the Pallas kernels of the device at hand, experimental ones too) or with ``xla``.
+
+    Kernels serve all attention over the history; what a kernel cannot serve raises and says why.
+
+    Raises:
+      ValueError: another name.
+    """
+    return CachePolicy(kernels=name)
+
+
 def chain(*policies: CachePolicy) -> CachePolicy:
     """Composes policies that each say something about another axis; the order does not matter.
 
@@ -271,7 +291,7 @@ def _checked(policy) -> CachePolicy:
     return policy
 
 
-_AXES = {"codec": "quantization", "evictor": "eviction", "tier": "placement", "windows": "protection"}
+_AXES = {"codec": "quantization", "evictor": "eviction", "tier": "placement", "windows": "protection", "kernels": "kernels"}
 
 
 def _combine(first: CachePolicy, second: CachePolicy) -> CachePolicy:
@@ -299,10 +319,9 @@ def protect_layers(policy: CachePolicy, count: int) -> Policy:
     """``policy``, but dense in the first and last ``count`` layers.
 
     Raises:
-      ValueError: a negative count.
+      ValueError: a count that is negative or no integer.
     """
-    if count < 0:
-        raise ValueError(f"protect_layers needs count >= 0, got {count}")
+    check_integers("protect_layers", 0, count=count)
     if count == 0:
         return policy
     return per_layer(policy, {i: dense() for j in range(count) for i in (j, -1 - j)})

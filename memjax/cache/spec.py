@@ -10,10 +10,11 @@ import numpy as np
 from memjax.attention.rope import Rope
 
 
-def _positive(owner: str, **values: int) -> None:
+def check_integers(owner: str, least: int, **values: int) -> None:
+    """Raises ValueError if a value is no integer of at least ``least``."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{owner} needs {name} to be an integer of at least 1, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{owner} needs {name} to be an integer of at least {least}, got {value!r}")
 
 
 def _check_float_dtype(owner: str, dtype: str) -> None:
@@ -60,16 +61,15 @@ class CacheSpec:
     latent_dim: int | None = None
 
     def __post_init__(self):
-        _positive(
-            "CacheSpec", batch=self.batch, kv_heads=self.kv_heads, head_dim=self.head_dim, capacity=self.capacity
-        )
+        sizes = {name: getattr(self, name) for name in ("batch", "kv_heads", "head_dim", "capacity")}
+        check_integers("CacheSpec", 1, **sizes)
         _check_float_dtype("CacheSpec", self.dtype)
         if isinstance(self.rope, str) and self.rope != "applied":
             raise ValueError(f"CacheSpec rope must be a Rope, None or 'applied', got {self.rope!r}")
         if self.window is not None:
-            _positive("CacheSpec", window=self.window)
+            check_integers("CacheSpec", 1, window=self.window)
         if self.latent_dim is not None:
-            _positive("CacheSpec", latent_dim=self.latent_dim)
+            check_integers("CacheSpec", 1, latent_dim=self.latent_dim)
             if self.latent_dim > self.head_dim or self.kv_heads != 1:
                 raise ValueError(
                     f"a latent stream has kv_heads=1 and latent_dim <= head_dim, got kv_heads={self.kv_heads}, "
@@ -125,7 +125,7 @@ class RecurrentSpec:
 
     def __post_init__(self):
         sizes = {name: getattr(self, name) for name in ("batch", "conv_dim", "heads", "head_dim", "state_dim")}
-        _positive("RecurrentSpec", **sizes, conv_width=self.conv_width)
+        check_integers("RecurrentSpec", 1, **sizes, conv_width=self.conv_width)
 
 
 LayerSpec = CacheSpec | RecurrentSpec

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -18,7 +17,9 @@ from memjax.attention.attend import history_positions
 from memjax.cache.layer import LayerCache, Segment, commit
 from memjax.cache.policy import CachePolicy, ModelCache
 from memjax.cache.recurrent import RecurrentCache
+from memjax.cache.slots import pad, take
 from memjax.offload import HostTier, pool
+from memjax.pallas_kernels.slots import FREE, positions
 from memjax.quantize import Codec, Dense
 
 OneOrAll = LayerCache | ModelCache
@@ -50,8 +51,7 @@ def _quantize(cache: LayerCache, codec: Codec) -> LayerCache:
 
     host = None
     if cache.host is not None:
-        page = cache.policy.tier.page
-        host = pool.store(encode(pool.load(cache.host, cache.history, page)), page)
+        host = pool.store(encode(pool.load(cache.host, cache.history)), cache.policy.tier.page)
     return dataclasses.replace(cache, history=encode(cache.history), host=host, policy=policy)
 
 
@@ -89,20 +89,13 @@ def _evict(cache: LayerCache, scores: Array, budget: int, room: int) -> LayerCac
         raise ValueError(f"evict needs 1 <= budget <= {slots} history slots and room >= 0, got {budget} and {room}")
     if scores.shape not in [(cache.spec.batch, h, slots) for h in (1, heads)]:
         raise ValueError(f"evict needs scores [batch, kv_heads or 1, {slots}], got {list(scores.shape)}")
-    pos = jnp.broadcast_to(history_positions(cache), (cache.spec.batch, heads, slots))
+    pos = jnp.broadcast_to(positions(history_positions(cache), slots), (cache.spec.batch, heads, slots))
     chosen = _top_slots(jnp.broadcast_to(scores, pos.shape), pos >= 0, budget)
     # A row that has lost tokens to an overflow must stay one: more written than there are slots.
     kept = jnp.where(cache.written > slots, budget + room + 1, jnp.minimum(cache.written, budget))
 
-    def take(leaf: Array, fill: int = 0) -> Array:
-        index = chosen.reshape(*chosen.shape, *(1,) * (leaf.ndim - 3))
-        picked = jnp.take_along_axis(leaf, index, axis=2)
-        widths = [(0, 0)] * leaf.ndim
-        widths[2] = (0, room)
-        return jnp.pad(picked, widths, constant_values=leaf.dtype.type(fill))
-
-    history = jax.tree.map(take, dataclasses.replace(cache.history, pos=None))
-    pos = take(jnp.where(pos >= 0, pos, -1), -1)
+    history = pad(take(dataclasses.replace(cache.history, pos=None), chosen), room)
+    pos = pad(take(jnp.maximum(pos, FREE), chosen), room, FREE)
     return dataclasses.replace(cache, history=dataclasses.replace(history, pos=pos), written=kept)
 
 
@@ -134,16 +127,8 @@ def _offload(cache: LayerCache, tier: HostTier) -> LayerCache:
     ring_slot = jnp.argsort(newest % place.resident, axis=-1)
     source = jnp.take_along_axis(jnp.maximum(newest, 0) % place.slots, ring_slot, axis=-1)
 
-    def resident(leaf: Array) -> Array:
-        return jnp.take_along_axis(leaf, source.reshape(source.shape[0], 1, -1, *(1,) * (leaf.ndim - 3)), axis=2)
-
-    def padded(leaf: Array) -> Array:
-        widths = [(0, 0)] * leaf.ndim
-        widths[2] = (0, place.host_slots - place.slots)
-        return jnp.pad(leaf, widths)
-
-    host = pool.store(jax.tree.map(padded, cache.history), tier.page)
-    return dataclasses.replace(cache, history=jax.tree.map(resident, cache.history), host=host)
+    host = pool.store(pad(cache.history, place.host_slots - place.slots), tier.page)
+    return dataclasses.replace(cache, history=take(cache.history, source), host=host)
 
 
 def _one_axis(transform: str, field: str, given, kind: type, example: str):

@@ -1,7 +1,8 @@
 """StreamingLLM: attention sinks and a sliding window, arXiv 2309.17453.
 
 The first ``sinks`` tokens stay for ever, of the others the newest ``window``; a ring of slots holds them, so memory does not
-grow with the text. As in the paper, positions restart inside the cache: a query at position p of the text sits at
+grow with the text, which may be of any length. A cache whose capacity is below sinks + window has a window of what its
+capacity leaves. As in the paper, positions restart inside the cache: a query at position p of the text sits at
 min(p, sinks + window - 1), the newest tokens right below it, the sinks at 0 .. sinks - 1.
 
 The paper caches keys before the rotary embedding and rotates the whole cache at every step. Here keys are cached rotated
@@ -22,13 +23,15 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from memjax.cache.spec import check_integers
+
 
 @dataclass(frozen=True)
 class Streaming:
     """Keeps ``sinks`` first and ``window`` newest tokens (the token being written among them).
 
     Raises:
-      ValueError: negative sinks, empty window, unknown ``positions``.
+      ValueError: sinks or a window that is no integer, negative sinks, empty window, unknown ``positions``.
     """
 
     name: ClassVar[str] = "streaming"
@@ -37,19 +40,11 @@ class Streaming:
     positions: str = "cache"
 
     def __post_init__(self):
-        if self.sinks < 0:
-            raise ValueError(f"streaming needs sinks >= 0, got {self.sinks}")
-        if self.window < 1:
-            raise ValueError(f"streaming needs a window of at least 1 token, got {self.window}")
+        check_integers("streaming", 0, sinks=self.sinks)
+        check_integers("streaming", 1, window=self.window)
         if self.positions not in ("cache", "text"):
             raise ValueError(f"streaming positions {self.positions!r} is not one of cache, text")
 
-    def budget(self, sinks: int) -> int:
-        """Tokens that a layer keeps when ``sinks`` first tokens are protected."""
-        return sinks + self.window
-
-    def sink_query_positions(self, positions: Int[Array, "B T"], sinks: int) -> Int[Array, "B T"]:
-        """Where queries stand, as the sinks see it."""
-        if self.positions == "text":
-            return positions
-        return jnp.minimum(positions, sinks + self.window - 1)
+    def sink_query_positions(self, positions: Int[Array, "B T"], kept: int) -> Int[Array, "B T"]:
+        """Where queries stand, as the sinks see it; ``kept`` tokens are in the cache, sinks and window."""
+        return positions if self.positions == "text" else jnp.minimum(positions, kept - 1)

@@ -15,13 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from memjax.cache.spec import check_integers
+
 
 @dataclass(frozen=True)
 class HostTier:
     """``resident`` newest history tokens on the device, all of them in host memory in pages of ``page`` tokens.
 
     Raises:
-      ValueError: resident < 1 or page < 1.
+      ValueError: one of them is no integer or below 1.
     """
 
     name: ClassVar[str] = "host"
@@ -29,5 +31,4 @@ class HostTier:
     page: int = 256
 
     def __post_init__(self):
-        if self.resident < 1 or self.page < 1:
-            raise ValueError(f"host needs resident >= 1 and page >= 1 tokens, got {self.resident}, {self.page}")
+        check_integers("host", 1, resident=self.resident, page=self.page)

@@ -1,4 +1,4 @@
-"""What a codec is: a pure pair encode / decode of vectors along the last axis, with an optional rotated basis."""
+"""What a codec is: a pure pair encode / decode of the vectors in slots, with an optional rotated basis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from memjax.quantize.hadamard import hadamard_matrix, rotate, unrotate
 
 @dataclass(frozen=True)
 class Codec:
-    """Encodes each vector on its own (token-wise, per kv head). Subclasses name a format of ``pallas_kernels.codes``.
+    """Encodes the vector of each slot on its own (token-wise, per kv head). Subclasses name a format of
+    ``pallas_kernels.codes``. Vectors in slots lie along the axis before the last, [..., H, S]; queries and outputs are rows.
 
     Attention reads the codes in the codec's own basis: queries go through ``into_basis`` once per step, outputs through
     ``out_of_basis``. Lossy codecs keep sinks and recent tokens dense unless the policy says otherwise.
@@ -36,21 +37,23 @@ class Codec:
             hadamard_matrix(dim)
         nbytes_per_vector(self.fmt, dim, jnp.float32)
 
-    def encode(self, x: Float[Array, "... H"], dtype: DTypeLike) -> Codes:
+    def encode(self, x: Float[Array, "... H S"], dtype: DTypeLike) -> Codes:
         """Codes of every vector; ``dtype`` is the storage type of dense codecs."""
         del dtype
-        return absmax_encode(self.into_basis(x.astype(jnp.float32)), self.fmt)
+        x = x.astype(jnp.float32)
+        return absmax_encode(rotate(x, axis=-2) if self.rotate else x, self.fmt)
 
-    def decode(self, codes: Codes) -> Float[Array, "... H"]:
+    def decode(self, codes: Codes) -> Float[Array, "... H S"]:
         """The float32 vectors that the codes stand for."""
-        return self.out_of_basis(codes.decode())
+        x = codes.decode()
+        return unrotate(x, axis=-2) if self.rotate else x
 
     def into_basis(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-        """A vector in the basis of the codes."""
+        """Queries in the basis of the codes."""
         return rotate(x) if self.rotate else x
 
     def out_of_basis(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-        """The inverse of ``into_basis``."""
+        """The inverse of ``into_basis``, for outputs."""
         return unrotate(x) if self.rotate else x
 
     def bits_per_value(self, dim: int, dtype: DTypeLike = jnp.bfloat16) -> float:
@@ -65,5 +68,5 @@ class Dense(Codec):
     name: ClassVar[str] = "dense"
     lossy: ClassVar[bool] = False
 
-    def encode(self, x: Float[Array, "... H"], dtype: DTypeLike) -> Codes:
+    def encode(self, x: Float[Array, "... H S"], dtype: DTypeLike) -> Codes:
         return dense(x, dtype)

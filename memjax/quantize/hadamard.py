@@ -22,7 +22,7 @@ _SMALLEST_BLOCK = 8
 
 @functools.lru_cache(maxsize=32)
 def hadamard_matrix(dim: int) -> np.ndarray:
-    """The orthogonal float32 [dim, dim] matrix, signs included, that vectors are multiplied with from the right.
+    """The orthogonal float32 [dim, dim] matrix, signs included, that row vectors are multiplied with from the right.
 
     Raises:
       ValueError: no power of two from 8 up divides ``dim``.
@@ -45,16 +45,17 @@ def hadamard_matrix(dim: int) -> np.ndarray:
     return matrix
 
 
-def rotate(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-    """``x`` in the rotated basis, in x's dtype."""
-    return _multiply(x, hadamard_matrix(x.shape[-1]))
+def rotate(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+    """The vectors along ``axis``, -1 or -2, in the rotated basis, in x's dtype."""
+    return _multiply(x, hadamard_matrix(x.shape[axis]), axis)
 
 
-def unrotate(x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+def unrotate(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     """The inverse of ``rotate``."""
-    return _multiply(x, hadamard_matrix(x.shape[-1]).T)
+    return _multiply(x, hadamard_matrix(x.shape[axis]).T, axis)
 
 
-def _multiply(x: Array, matrix: np.ndarray) -> Array:
-    product = jnp.matmul(x.astype(jnp.float32), matrix, precision=jax.lax.Precision.HIGHEST)
+def _multiply(x: Array, matrix: np.ndarray, axis: int) -> Array:
+    subscripts = {-1: "...h,hg->...g", -2: "...hs,hg->...gs"}[axis]
+    product = jnp.einsum(subscripts, x.astype(jnp.float32), matrix, precision=jax.lax.Precision.HIGHEST)
     return product.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Attention over one segment: the blockwise program, its reference, and the merge of segments."""
+"""Decode: the blockwise XLA program, the reference, and the merge of parts. The kernels have files of their own."""
 
 import functools
 
@@ -9,14 +9,17 @@ import pytest
 from cache_helpers import numpy_softmax, quick_jit, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_helpers import TABLE, Case, build, relative
 
+from memjax.attention.rope import Rope, apply_rope
 from memjax.pallas_kernels.codes import Codes, absmax_encode, dense
-from memjax.pallas_kernels.flash import attention_reference, attention_xla, merge, visible
+from memjax.pallas_kernels.decode import Centre, decode, decode_reference, decode_xla, merge
+from memjax.pallas_kernels.slots import Span, visible
 
 BATCH, HEADS, ROWS, SLOTS, DIM, EXTRA = 2, 2, 5, 40, 16, 4
-STATIC = ("scale", "softcap", "window", "recent", "sinks")
-xla = quick_jit(attention_xla, static_argnames=("block", *STATIC))
-reference = quick_jit(attention_reference, static_argnames=STATIC)
+STATIC = ("scale", "softcap", "window", "recent", "sinks", "mass")
+xla = quick_jit(decode_xla, static_argnames=("block", *STATIC))
+reference = quick_jit(decode_reference, static_argnames=STATIC[:-1])
 
 
 @functools.cache
@@ -31,13 +34,13 @@ def inputs(fmt: str, latent: bool = False):
     q_pos[1, 3] = -1
     made = {
         "q": draw(BATCH, HEADS, ROWS, DIM),
-        "k": encode(draw(BATCH, HEADS, SLOTS, DIM)),
-        "v": None if latent else encode(draw(BATCH, HEADS, SLOTS, DIM)),
+        "k": encode(draw(BATCH, HEADS, DIM, SLOTS)),
+        "v": None if latent else encode(draw(BATCH, HEADS, DIM, SLOTS)),
         "q_pos": q_pos,
         "k_pos": k_pos,
     }
     if latent:
-        made |= {"q_extra": draw(BATCH, HEADS, ROWS, EXTRA), "k_extra": dense(draw(BATCH, HEADS, SLOTS, EXTRA))}
+        made |= {"q_extra": draw(BATCH, HEADS, ROWS, EXTRA), "k_extra": dense(draw(BATCH, HEADS, EXTRA, SLOTS))}
     return made
 
 
@@ -64,11 +67,12 @@ def test_blocks_give_what_the_reference_says(case, latent):
     if latent and case not in ("blocks that do not", "everything"):
         return
     made = inputs(fmt, latent)
-    out, lse = call(xla, made, scale=0.25, **options)
+    out, lse, mass = call(xla, made, scale=0.25, mass=True, **options)
     options = {name: value for name, value in options.items() if name != "block"}
-    expected, expected_lse = call(reference, made, scale=0.25, **options)
+    expected, expected_lse, expected_mass = call(reference, made, scale=0.25, **options)
     np.testing.assert_allclose(out, expected, atol=2e-6, rtol=1e-5)
     np.testing.assert_allclose(lse, expected_lse, atol=2e-6, rtol=1e-5)
+    np.testing.assert_allclose(mass, expected_mass, atol=2e-6, rtol=1e-5)
     np.testing.assert_array_equal(out[1, :, 3], 0.0)
     assert (np.asarray(lse)[1, :, 3] == -np.inf).all()
 
@@ -78,11 +82,12 @@ def test_the_reference_is_softmax_attention():
     q, k, v = (np.float64(x) for x in (made["q"], made["k"].data, made["v"].data))
     seen, seeing = np.float64(made["k_pos"])[:, :, None, :], made["q_pos"][:, None, :, None]
     mask = (seen >= 0) & (seen <= seeing) & ((seeing - seen < 6) | (seen < 3)) & (seeing - seen < 20)
-    scores = 2.0 * np.tanh(q @ k.swapaxes(-1, -2) * 0.25 / 2.0)
+    scores = 2.0 * np.tanh(q @ k * 0.25 / 2.0)
     some = mask.any(-1)
     weights = numpy_softmax(scores, mask | ~some[..., None]) * some[..., None]
-    out, lse = call(reference, made, scale=0.25, softcap=2.0, recent=6, sinks=3, window=20)
-    np.testing.assert_allclose(out, weights @ v, atol=2e-6)
+    out, lse, mass = call(reference, made, scale=0.25, softcap=2.0, recent=6, sinks=3, window=20)
+    np.testing.assert_allclose(out, weights @ v.swapaxes(-1, -2), atol=2e-6)
+    np.testing.assert_allclose(mass, weights.sum(2), atol=2e-6)
     with np.errstate(divide="ignore"):
         expected = np.log(np.sum(np.exp(scores) * mask, axis=-1))
     np.testing.assert_allclose(lse, expected, atol=2e-6)
@@ -100,8 +105,8 @@ def test_what_lies_in_free_slots_does_not_matter():
     for name in ("k", "v"):
         scale = jnp.where(free, jnp.nan, made[name].scale).astype(jnp.bfloat16)
         made = made | {name: Codes(made[name].data, scale, "int8")}
-    out, lse = call(xla, made, scale=0.25, block=16)
-    expected, expected_lse = call(xla, inputs("int8"), scale=0.25, block=16)
+    out, lse, _ = call(xla, made, scale=0.25, block=16)
+    expected, expected_lse, _ = call(xla, inputs("int8"), scale=0.25, block=16)
     np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(lse, expected_lse)
 
@@ -111,9 +116,9 @@ def test_what_is_not_finite_reaches_those_who_see_it(bad):
     made = inputs("dense")
     k = np.asarray(made["k"].data).copy()
     slot = int(np.argmax(made["k_pos"][0, 0] == 0))
-    k[0, 0, slot] = bad
-    out, lse = call(xla, made | {"k": dense(k)}, scale=0.25, block=64)
-    expected, _ = call(xla, made, scale=0.25, block=64)
+    k[0, 0, :, slot] = bad
+    out, lse, _ = call(xla, made | {"k": dense(k)}, scale=0.25, block=64)
+    expected, *_ = call(xla, made, scale=0.25, block=64)
     assert made["k_pos"][0, 0, slot] == 0
     assert not np.isfinite(out[0, 0]).all(-1).any()
     assert not np.isfinite(lse[0, 0]).any()
@@ -126,12 +131,89 @@ def test_small_values_survive_float16_queries(fmt):
     """A probability of 1/400 times a scale of 1e-6 is nothing in float16."""
     rng = np.random.default_rng(1)
     encode = jax.jit(lambda x: absmax_encode(x, fmt))
-    k, v = (encode(rng.standard_normal((1, 1, 400, DIM)).astype(np.float32) * s) for s in (1.0, 0.02))
+    k, v = (encode(rng.standard_normal((1, 1, DIM, 400)).astype(np.float32) * s) for s in (1.0, 0.02))
     places = {"q_pos": np.full((1, 4), 400), "k_pos": np.arange(400)[None, None], "scale": 0.25}
     q = rng.standard_normal((1, 1, 4, DIM)).astype(np.float16)
-    out, _ = xla(q, k, v, **places)
-    expected, _ = reference(q, k, v, **places)
+    out, *_ = xla(q, k, v, **places)
+    expected, *_ = reference(q, k, v, **places)
     assert relative_error(out, expected) < 2e-3
+
+
+XLA_CASES = {
+    "pages": Case("int4", page=32),
+    "pages with positions": Case("int8", page=32, scattered=True),
+    "zero points": Case("int4", keys={"zero": True}, values={"zero": True}),
+    "groups of channels": Case("int4", keys={"groups": 2, "zero": True}, values={"groups": 4, "zero": True}),
+    "KIVI": Case("int2", slots=320, keys={"tile": 32, "zero": True}, values={"groups": 2, "zero": True}),
+    "pages of KIVI": Case("int2", slots=320, page=64, keys={"tile": 32, "zero": True}, values={"groups": 2, "zero": True}),
+    "cubic": Case("int4", keys={"grid": "cubic"}, values={"grid": "cubic"}),
+    "table": Case("int4", keys={"grid": TABLE}, values={"grid": TABLE}),
+    "bias": Case("int8", bias=True, options={"softcap": 3.0}),
+    "centre": Case("int8", centre=8, scattered=True),
+    "latent": Case("int8", heads=1, rows=16, latent=16),
+}
+
+
+@pytest.mark.parametrize("block", [64, 2048])
+@pytest.mark.parametrize("case", XLA_CASES)
+def test_the_plain_path_serves_every_form(case, block):
+    (q, k, v), kw = build(XLA_CASES[case])
+    static = {name: kw.pop(name) for name in STATIC if name in kw}
+    found = decode_xla(q, k, v, block=block, mass=True, **kw, **static)
+    for x, expected in zip(found, decode_reference(q, k, v, **kw, **static), strict=True):
+        assert relative(x, expected) < 6e-3
+
+
+def test_the_centring_term_is_what_a_roped_constant_adds():
+    """q . R_t mu, for queries and keys roped by the library."""
+    rope, rng = Rope(16, theta=100.0), np.random.default_rng(3)
+    q, mu = rng.standard_normal((1, 1, 3, 16)).astype(np.float32), rng.standard_normal(16).astype(np.float32)
+    y, v = (rng.standard_normal((1, 1, 16, 30)).astype(np.float32) for _ in range(2))
+    at = np.arange(30)[None]
+    turned = apply_rope(jnp.broadcast_to(mu, (1, 30, 1, 16)), jnp.asarray(at), rope, 30)
+    constant = jnp.moveaxis(turned, 1, -1)[:, 0][:, None]  # [1, 1, H, S]
+    a, b = np.split(q, 2, axis=-1)
+    m, n = np.split(mu, 2)
+    centre = Centre(jnp.concatenate([a * m + b * n, b * m - a * n], axis=-1), rope.inv_freq(30))
+    kw = {"q_pos": jnp.full((1, 3), 30), "k_pos": jnp.asarray(at)[:, None], "scale": 0.25}
+    plain = decode_reference(q, dense(y + constant), dense(v), **kw)
+    for x, expected in zip(decode_reference(q, dense(y), dense(v), centre=centre, **kw), plain, strict=True):
+        np.testing.assert_allclose(x, expected, atol=1e-5)
+
+
+def test_learned_sinks_take_their_share():
+    (q, k, v), kw = build(Case("dense", keys={"dtype": "float32"}, values={"dtype": "float32"}, options={"scale": 0.3}))
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4)), jnp.float32)
+    out, lse = decode(q, k, v, sink_logits=logits, implementation="reference", **kw)
+    plain, plain_lse = decode(q, k, v, implementation="reference", **kw)
+    share = np.exp(np.float64(plain_lse)) / (np.exp(np.float64(plain_lse)) + np.exp(np.float64(logits)))
+    np.testing.assert_allclose(out, np.asarray(plain) * share[..., None], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.exp(lse), np.exp(plain_lse) + np.exp(logits), rtol=1e-5)
+    with pytest.raises(ValueError, match="mass with sink_logits"):
+        decode(q, k, v, sink_logits=logits, mass=True, **kw)
+
+
+WRONG = {
+    "queries of 32 channels for keys of 64": lambda q, k, v, kw: ((q[..., :32], k, v), kw),
+    r"v codes \[2, 2, C, 300\]": lambda q, k, v, kw: ((q, k, jax.tree.map(lambda x: x[..., :99], v)), kw),
+    r"q_pos \[2, 4\]": lambda q, k, v, kw: ((q, k, v), kw | {"q_pos": kw["q_pos"][:, :1]}),
+    r"Span of arrays \[2\]": lambda q, k, v, kw: ((q, k, v), kw | {"k_pos": Span(jnp.zeros(3, int), jnp.zeros(3, int))}),
+    r"k_pos \[2, 1 or 2, 300\]": lambda q, k, v, kw: ((q, k, v), kw | {"k_pos": jnp.zeros((2, 3, 300), int)}),
+    "integer positions": lambda q, k, v, kw: ((q, k, v), kw | {"k_pos": jnp.zeros((2, 1, 300))}),
+    r"bias \[2, 1 or 2, 300\]": lambda q, k, v, kw: ((q, k, v), kw | {"bias": jnp.zeros((2, 2, 3))}),
+    "q_extra and k_extra together": lambda q, k, v, kw: ((q, k, v), kw | {"q_extra": q}),
+    "implementation 'cuda' is not one of": lambda q, k, v, kw: ((q, k, v), kw | {"implementation": "cuda"}),
+    "'tpu' runs on a TPU, this program is for cpu": lambda q, k, v, kw: ((q, k, v), kw | {"implementation": "tpu"}),
+    "no Pallas kernel for cpu": lambda q, k, v, kw: ((q, k, v), kw | {"implementation": "pallas"}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_bad_input_is_named(message):
+    (q, k, v), kw = build(Case())
+    args, kw = WRONG[message](q, k, v, kw)
+    with pytest.raises(ValueError, match=message):
+        decode(*args, **kw)
 
 
 def part_of(scores: np.ndarray, values: np.ndarray):

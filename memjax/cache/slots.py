@@ -1,0 +1,73 @@
+"""Reading and writing slots: leaves [B, K, ..., S], the slots on the last axis whatever lies before it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+def take[Tree](tree: Tree, slots: Int[Array, "B n"] | Int[Array, "B K n"]) -> Tree:
+    """The chosen slots of every row (of every kv head), leaves [B, K, ..., n]."""
+
+    def pick(leaf: Array) -> Array:
+        heads = slots.shape[1] if slots.ndim == 3 else 1
+        index = slots.reshape(slots.shape[0], heads, *(1,) * (leaf.ndim - 3), slots.shape[-1])
+        return jnp.take_along_axis(leaf, index, axis=-1)
+
+    return jax.tree.map(pick, tree)
+
+
+def pad[Tree](tree: Tree, room: int, fill: int = 0) -> Tree:
+    """Every leaf with ``room`` more slots that hold ``fill``."""
+
+    def widen(leaf: Array) -> Array:
+        widths = [(0, 0)] * (leaf.ndim - 1) + [(0, room)]
+        return jnp.pad(leaf, widths, constant_values=leaf.dtype.type(fill))
+
+    return jax.tree.map(widen, tree)
+
+
+def write_ring[Tree](target: Tree, block: Tree, first: Int[Array, "B"], count: Int[Array, "B"]) -> Tree:
+    """``write``, but slot numbers count modulo the slots, and of tokens that would share a slot the newest stays."""
+    slots, tokens = (jax.tree.leaves(tree)[0].shape[-1] for tree in (target, block))
+    if tokens > slots:
+        skipped = jnp.clip(count - slots, 0, tokens - slots)
+        block = jax.vmap(lambda row, at: _cut(row, at, slots))(block, skipped)
+        first, count = first + skipped, count - skipped
+    first %= slots
+    target = write(target, block, first, count)
+    return target if tokens == 1 else write(target, block, first - slots, count)  # what goes over the end
+
+
+def write[Tree](target: Tree, block: Tree, first: Int[Array, "B"], count: Int[Array, "B"]) -> Tree:
+    """Token t < count[b] of each row of ``block``, leaves [B, K, ..., T], goes to slot first[b] + t of ``target``.
+
+    Slots that do not exist take nothing. In place where ``target`` is donated.
+    """
+    one = jax.tree.leaves(block)[0].shape[-1] == 1
+    return jax.tree.map(lambda leaf, new: (_write_one if one else _write_run)(leaf, new, first, count), target, block)
+
+
+def _write_one(leaf: Array, new: Array, first: Array, count: Array) -> Array:
+    """A scatter, of which a TPU makes the update of a slice if there is one row."""
+    slot = jnp.where((count > 0) & (first >= 0), first, leaf.shape[-1])
+    inner = (slice(None),) * (leaf.ndim - 2)
+    return leaf.at[(jnp.arange(leaf.shape[0]), *inner, slot)].set(new[..., 0], mode="drop")
+
+
+@jax.vmap
+def _write_run(leaf: Array, new: Array, first: Array, count: Array) -> Array:
+    """Rewrites a run of slots: a scatter would go token by token and channel by channel."""
+    slots, tokens = leaf.shape[-1], new.shape[-1]
+    width = min(slots, tokens)
+    start = jnp.clip(first, 0, slots - width)
+    token = start - first + jnp.arange(width, dtype=jnp.int32)
+    padded = jnp.pad(new, [(0, 0)] * (new.ndim - 1) + [(width, width)])
+    fresh, kept = _cut(padded, token[0] + width, width), _cut(leaf, start, width)
+    merged = jnp.where((token >= 0) & (token < count), fresh, kept)
+    return jax.lax.dynamic_update_slice_in_dim(leaf, merged, start, axis=leaf.ndim - 1)
+
+
+def _cut[Tree](tree: Tree, at: Array, size: int) -> Tree:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, size, axis=leaf.ndim - 1), tree)

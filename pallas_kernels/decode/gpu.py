@@ -1,0 +1,65 @@
+"""Flash decode on a GPU: a program per kv head and part of the sequence, all rows of the head together."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from memjax.pallas_kernels.codes import Codes
+from memjax.pallas_kernels.decode.reference import Centre
+from memjax.pallas_kernels.gpu_attention import Plan, attention_gpu, why_not
+from memjax.pallas_kernels.merge import merge_stacked
+
+__all__ = ["decode_gpu", "why_not"]
+
+PROCESSORS = 132  # of an H100 or H200; a static guess is enough to choose the number of parts
+SHORTEST_PART = 512  # slots
+TILE = 64
+
+
+def decode_gpu(
+    q: Array,
+    k: Codes,
+    v: Codes | None,
+    *,
+    q_pos: Array,
+    q_extra: Array | None = None,
+    centre: Centre | None = None,
+    table: Array | None = None,
+    splits: int | None = None,
+    name: str = "memjax_decode",
+    **options,
+) -> tuple[Array, Array, Array | None]:
+    """Same meaning and arguments as ``decode_reference``. ``splits``: parts of the sequence that run in parallel."""
+    rows = q.shape[2]
+    plan = _plan(q, k, v, table, splits)
+
+    def pad(x: Array | None) -> Array | None:
+        extra = -rows % plan.rows
+        return None if x is None else jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0)))
+
+    if centre is not None:
+        centre = Centre(pad(centre.weights), centre.inv_freq)
+    at = jnp.pad(q_pos, ((0, 0), (0, -rows % plan.rows)), constant_values=-1)
+    out, lse, scores = attention_gpu(
+        plan, pad(q), k, v, q_pos=at, q_extra=pad(q_extra), centre=centre, table=table, name=name, **options
+    )
+    out, lse = merge_stacked(out[..., :rows, :], lse[..., :rows])
+    if scores is None:
+        return out, lse, None
+    finite = jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]
+    return out, lse, jnp.sum(jnp.exp(scores[:, :, :rows] - finite), axis=2)
+
+
+def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, splits: int | None) -> Plan:
+    """Enough parts to keep the processors busy twice over, none of them short."""
+    batch, kv_heads, rows, _ = q.shape
+    tile = TILE if table is None else min(TILE, k.slots)
+    slots = k.slots if table is None else k.slots * table.shape[1]
+    # The latent's accumulators are wide: fewer rows a program, more warps for them.
+    wide = (k if v is None else v).dim > 256
+    block = 16 if wide or rows <= 16 else 32
+    programs = batch * kv_heads * -(-rows // block)
+    if splits is None:
+        splits = max(1, min(-(-2 * PROCESSORS // programs), slots // SHORTEST_PART))
+    return Plan(block, tile, min(splits, -(-slots // tile)), warps=8 if wide else 4)

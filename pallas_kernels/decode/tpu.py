@@ -1,0 +1,68 @@
+"""Flash decode on a TPU: the codes of up to eight kv heads stream through on-chip memory in tiles of about 2 MiB."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from memjax.pallas_kernels import tpu_tile as tile
+from memjax.pallas_kernels.choose import target, tpu_generation
+from memjax.pallas_kernels.codes import Codes
+from memjax.pallas_kernels.decode.reference import Centre
+from memjax.pallas_kernels.merge import merge_stacked
+from memjax.pallas_kernels.tpu_attention import attention_tpu
+from memjax.pallas_kernels.tpu_operands import Plan, cut_slots, why_not
+
+__all__ = ["decode_tpu", "why_not"]
+
+STEP_BYTES = 2 * 2**20  # codes copied per step, keys and values together
+LONGEST_STEP = 4096  # slots
+HEADS_PER_STEP = 8
+MEGACORE = ("v4", "v5p")  # two cores run one program
+
+
+def decode_tpu(
+    q: Array,
+    k: Codes,
+    v: Codes | None,
+    *,
+    q_pos: Array,
+    q_extra: Array | None = None,
+    centre: Centre | None = None,
+    table: Array | None = None,
+    splits: int | None = None,
+    name: str = "memjax_decode",
+    **options,
+) -> tuple[Array, Array, Array | None]:
+    """Same meaning and arguments as ``decode_reference``. ``splits``: parts of the sequence that run in parallel."""
+    plan = _plan(q, k, v, table, splits)
+
+    def blocks(x: Array | None) -> Array | None:
+        return None if x is None else tile.pad_rows(x, plan.rows)[:, :, None]
+
+    if centre is not None:
+        centre = Centre(blocks(centre.weights), centre.inv_freq)
+    at = tile.pad_rows(q_pos[..., None], plan.rows, -1)[:, None, :, 0]
+    out, lse, scores = attention_tpu(
+        plan, blocks(q), k, v, q_pos=at, q_extra=blocks(q_extra), centre=centre, table=table, name=name, **options
+    )
+    rows = q.shape[2]
+    out, lse = merge_stacked(out[:, :, 0, :, :rows], lse[:, :, 0, :, :rows])
+    if scores is None:
+        return out, lse, None
+    finite = jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]
+    return out, lse, jnp.sum(jnp.exp(scores[:, :, :rows] - finite), axis=2)
+
+
+def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, splits: int | None) -> Plan:
+    """All rows in one block; a second core takes another row of the batch, or half of the sequence if there is none."""
+    batch, kv_heads, rows, _ = q.shape
+    heads = HEADS_PER_STEP if kv_heads % HEADS_PER_STEP == 0 else kv_heads
+    stored = sum(c.data.shape[-2] * c.data.dtype.itemsize for c in (k, v) if c is not None)
+    slots, size, pages = cut_slots(k, table, min(STEP_BYTES // (heads * stored), LONGEST_STEP))
+    steps = -(-slots // (size * pages))
+    if splits is None:
+        splits = 2 if tpu_generation(target().kind) in MEGACORE and batch * kv_heads // heads == 1 else 1
+    splits = min(splits, steps)
+    padded = -(-rows // 8) * 8
+    return Plan(heads, padded, 1, size, pages, -(-steps // splits), splits, slots, table is not None)

@@ -1,0 +1,138 @@
+"""Attention over slots in plain XLA, reading the codes block by block.
+
+The scores of at most ``block`` slots exist at a time: longer caches are scanned and the blocks are merged by their
+log-sum-exp (FlashAttention, arXiv 2205.14135). Scales per slot multiply scores and probabilities, never decoded vectors.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from memjax.pallas_kernels.codes import Codes
+from memjax.pallas_kernels.decode.reference import Centre, centre_scores, gather_pages
+from memjax.pallas_kernels.merge import merge
+from memjax.pallas_kernels.slots import Positions, positions, visible
+
+BLOCK = 2048  # slots whose scores exist at once
+
+
+def decode_xla(
+    q: Float[Array, "B K M H"],
+    k: Codes,
+    v: Codes | None,
+    *,
+    q_pos: Int[Array, "B M"],
+    k_pos: Positions,
+    scale: float,
+    q_extra: Float[Array, "B K M E"] | None = None,
+    k_extra: Codes | None = None,
+    bias: Float[Array, "B 1|K S"] | None = None,
+    centre: Centre | None = None,
+    table: Int[Array, "B n"] | None = None,
+    block: int = BLOCK,
+    mass: bool = False,
+    **options,
+) -> tuple[Float[Array, "B K M Hv"], Float[Array, "B K M"], Float[Array, "B K S"] | None]:
+    """Same meaning and arguments as ``decode_reference``, in memory bounded by ``block`` slots; no mass unless asked."""
+    slots = k.slots if table is None else k.slots * table.shape[1]
+    if table is not None:
+        block = max(k.slots, block // k.slots * k.slots)
+    k_pos = positions(k_pos, slots)
+
+    def part(start: int | Array, size: int):
+        def cut(leaf: Array, whole: int = slots) -> Array:
+            each = whole // leaf.shape[-1]  # slots per entry, more than one for scales of tiles
+            return jax.lax.dynamic_slice_in_dim(leaf, start // each, size // each, axis=-1)
+
+        codes = (k, v, k_extra)
+        codes = jax.tree.map(cut, codes) if table is None else gather_pages(codes, cut(table, slots))
+        at = cut(k_pos)
+        extra = None if bias is None else cut(bias)
+        return _one_block(q, *codes, q_pos, at, q_extra, extra, centre, scale=scale, **options)
+
+    if slots <= block:
+        out, lse, scores = part(0, slots)
+        return out, lse, _mass(scores, lse) if mass else None
+    whole, rest = divmod(slots, block)
+
+    @jax.checkpoint  # a derivative recomputes the scores of a block rather than keep those of all
+    def scanned(carry, i: Array):
+        out, lse, scores = part(i * block, block)
+        return merge([carry, (out, lse)]), scores if mass else None
+
+    *carry, first = part(0, block)
+    carry, others = jax.lax.scan(scanned, tuple(carry), jnp.arange(1, whole))
+    pieces = [first]
+    if mass:
+        pieces.append(jnp.moveaxis(others, 0, -2).reshape(*first.shape[:-1], -1))
+    if rest:
+        out, lse, last = part(whole * block, rest)
+        carry = merge([carry, (out, lse)])
+        pieces.append(last)
+    return *carry, _mass(jnp.concatenate(pieces, axis=-1), carry[1]) if mass else None
+
+
+def _mass(scores: Float[Array, "B K M S"], lse: Float[Array, "B K M"]) -> Float[Array, "B K S"]:
+    """Probability of each slot, summed over the query rows."""
+    return jnp.sum(jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), axis=2)
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Batched over (B, K), accumulated in float32; full precision when the operands are float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _scores(q: Array, k: Codes) -> Array:
+    if not k.per_slot:
+        return _dot(q, k.decode(q.dtype), (3, 2))
+    scores = _dot(q, k.levels(q.dtype), (3, 2))
+    if k.scale is not None:
+        scores = scores * k.scale.astype(jnp.float32)[:, :, None, :]
+    if k.zero is not None:
+        scores += jnp.sum(q.astype(jnp.float32), axis=-1, keepdims=True) * k.zero.astype(jnp.float32)[:, :, None, :]
+    return scores
+
+
+def _weighted(probs: Array, values: Codes, mask: Array, dtype) -> Array:
+    """Probabilities times values. Free slots may hold anything, a NaN scale included: their weight is 0, not 0 * NaN."""
+    if not values.per_slot:
+        decoded = jnp.where(jnp.any(mask, axis=2)[:, :, None], values.decode(), 0.0)
+        return _dot(probs.astype(dtype), decoded.astype(dtype), (3, 3))
+    weights = probs
+    if values.scale is not None:
+        weights = jnp.where(mask, probs * values.scale.astype(jnp.float32)[:, :, None, :], 0.0)
+    out = _dot(weights.astype(dtype), values.levels(dtype), (3, 3))
+    if values.zero is not None:
+        offset = jnp.where(mask, probs * values.zero.astype(jnp.float32)[:, :, None, :], 0.0)
+        out += jnp.sum(offset, axis=-1, keepdims=True)
+    return out
+
+
+def _one_block(
+    q, k, v, k_extra, q_pos, k_pos, q_extra, bias, centre, *, scale, softcap=None, window=None, recent=None, sinks=0
+):
+    scores = _scores(q, k)
+    if k_extra is not None:
+        scores += _scores(q_extra, k_extra)
+    if centre is not None:
+        scores += centre_scores(centre, k_pos)
+    scores *= scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores += bias.astype(jnp.float32)[:, :, None]
+    mask = visible(q_pos, k_pos, window=window, recent=recent, sinks=sinks)
+    scores = jnp.where(mask, scores, -jnp.inf)
+    peak = jnp.max(scores, axis=-1)
+    peak = jnp.where(jnp.isfinite(peak) | jnp.isnan(peak), peak, 0.0)
+    probs = jnp.exp(scores - peak[..., None])
+    total = jnp.sum(probs, axis=-1)
+    values = k if v is None else v
+    # A probability times a scale is too small for float16.
+    dtype = jnp.float32 if q.dtype == jnp.float16 and values.scale is not None else q.dtype
+    out = _weighted(probs, values, mask, dtype)
+    return out / jnp.where(total > 0, total, 1.0)[..., None], peak + jnp.log(total), scores

@@ -1,0 +1,51 @@
+"""Flash prefill on a GPU: blocks of query rows of one query head against tiles of slots (FlashAttention-2, arXiv 2307.08691)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from memjax.pallas_kernels.codes import Codes
+from memjax.pallas_kernels.gpu_attention import Plan, attention_gpu, why_not
+from memjax.pallas_kernels.slots import Positions
+
+__all__ = ["prefill_gpu", "why_not"]
+
+ROWS, TILE = 64, 64
+
+
+def prefill_gpu(
+    q: Array,
+    k: Codes,
+    v: Codes | None,
+    *,
+    q_start: Array,
+    k_pos: Positions,
+    groups: int,
+    q_extra: Array | None = None,
+    table: Array | None = None,
+    **options,
+) -> tuple[Array, Array]:
+    """Same meaning and arguments as ``prefill_reference``."""
+    batch, kv_heads, all_rows, _ = q.shape
+    tokens = all_rows // groups
+    padded = -(-tokens // ROWS) * ROWS
+    wide = (k if v is None else v).dim > 128
+    tile = TILE if table is None else min(TILE, k.slots)
+    plan = Plan(ROWS, tile, 1, warps=8 if wide else 4)
+
+    def pad(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        x = x.reshape(batch, kv_heads, groups, tokens, -1)
+        return jnp.pad(x, ((0, 0),) * 3 + ((0, padded - tokens), (0, 0))).reshape(batch, kv_heads, groups * padded, -1)
+
+    def cut(x: Array) -> Array:
+        return x.reshape(batch, kv_heads, groups, padded, -1)[:, :, :, :tokens].reshape(batch, kv_heads, all_rows, -1)
+
+    token = jnp.arange(padded, dtype=jnp.int32)
+    q_pos = jnp.tile(jnp.where(token < tokens, q_start[:, None] + token, -1), (1, groups))
+    out, lse, _ = attention_gpu(
+        plan, pad(q), k, v, q_pos=q_pos, k_pos=k_pos, q_extra=pad(q_extra), table=table, name="memjax_prefill", **options
+    )
+    return cut(out[:, :, 0]), cut(lse[:, :, 0, :, None])[..., 0]

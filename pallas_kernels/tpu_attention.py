@@ -1,0 +1,291 @@
+"""Flash attention on a TPU over slots of packed codes: the one kernel behind decode, prefill and multi-head latent decode.
+
+A step takes a tile of slots; the copy of the next one hides behind the work on it. Steps outside of what a block of rows may
+see, which follows from a span's length, causality and the windows, are neither copied nor worked on. With a page table a
+step takes several pages, each found through the table by its block specification.
+
+Products have float32 sums; operands are bfloat16, float32 where the codes are, or int8 limbs (see ``tpu_tile.Levels``).
+Experimental: compiled for every generation and checked in interpret mode, never run on a TPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from memjax.pallas_kernels import tpu_tile as tile
+from memjax.pallas_kernels.choose import target, tpu_generation
+from memjax.pallas_kernels.codes import Codes, deinterleave
+from memjax.pallas_kernels.decode.reference import Centre
+from memjax.pallas_kernels.slots import Positions, Span, seen
+from memjax.pallas_kernels.tpu_operands import Operands, Plan, levels_of, scalars
+
+
+def attention_tpu(
+    plan: Plan,
+    q: Array,
+    k: Codes,
+    v: Codes | None,
+    *,
+    q_pos: Array,
+    k_pos: Positions,
+    scale: float,
+    q_extra: Array | None = None,
+    k_extra: Codes | None = None,
+    bias: Array | None = None,
+    centre: Centre | None = None,
+    table: Array | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    recent: int | None = None,
+    sinks: int = 0,
+    mass: bool = False,
+    interpret: object = False,
+    generation: str | None = None,
+    name: str,
+) -> tuple[Array, Array, Array | None]:
+    """Attention of rows [B, K, row blocks, rows, .] over slots.
+
+    Args:
+      q, q_extra, centre: with their rows in blocks as ``plan`` has them.
+      q_pos: int32 [B, row blocks, rows]; negative for rows of padding.
+      generation: of the TPU to generate for, None: the target's.
+      mass: also return the masked scores.
+      The others as in ``decode``.
+
+    Returns:
+      Per split of the sequence outputs [B, K, row blocks, splits, rows, Hv] and log-sum-exps [B, K, row blocks, splits, rows],
+      and with ``mass`` scores [B, K, rows, S], -1e30 where masked.
+    """
+    batch, kv_heads = q.shape[:2]
+    generation = generation or tpu_generation(target().kind)
+    values = k if v is None else v
+    codes = {"k": k} | ({} if v is None else {"v": v}) | ({} if k_extra is None else {"e": k_extra})
+    levels = {key: levels_of(each, generation, plan.rows) for key, each in codes.items()}
+    operands = Operands(plan)
+    operands.add_query("k", q, k, levels["k"])
+    if q_extra is not None:
+        operands.add_query("e", q_extra, k_extra, levels["e"])
+    at = q_pos.astype(jnp.int32)[:, None, :, :, None]
+    operands.add("q_pos", at, (1, 1, 1, plan.rows, 1), lambda b, h, i, s, j, *_: (b, 0, i, 0, 0))
+    for key, each in codes.items():
+        operands.add_codes(key, each)
+    if not isinstance(k_pos, Span):
+        operands.add_per_slot("pos", k_pos.astype(jnp.int32))
+    if bias is not None:
+        operands.add_per_slot("bias", bias)
+    if centre is not None:
+        operands.add_centre(centre.weights, centre.inv_freq, k_pos)
+    oldest = jnp.min(jnp.where(q_pos < 0, 2**30, q_pos), axis=-1)
+    pool = k.data.shape[0]
+    prefetched = scalars(plan, oldest, jnp.max(q_pos, axis=-1), k_pos, table, pool, window, recent, sinks)
+
+    lead, here = (batch, kv_heads, plan.row_blocks, plan.splits), (1, plan.heads, 1, 1)
+    tails = [(plan.rows, values.dim), (plan.rows, tile.LANES)]
+    out_shape = [jax.ShapeDtypeStruct((*lead, *tail), jnp.float32) for tail in tails]
+    out_specs = [pl.BlockSpec((*here, *tail), lambda b, h, i, s, j, *_: (b, h, i, s, 0, 0)) for tail in tails]
+    if mass:
+        written = plan.splits * plan.steps * plan.per_step  # the last split may have steps behind the last slot
+        out_shape.append(jax.ShapeDtypeStruct((batch, kv_heads, plan.rows, written), jnp.float32))
+        block = (1, plan.heads, plan.rows, plan.per_step)
+        out_specs.append(pl.BlockSpec(block, lambda b, h, i, s, j, *_: (b, h, 0, s * plan.steps + j)))
+    body = functools.partial(
+        _body,
+        plan=plan,
+        names=operands.names,
+        levels=levels,
+        has_values=v is not None,
+        spanned=isinstance(k_pos, Span),
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        recent=recent,
+        sinks=sinks,
+    )
+    stacked = plan.heads * plan.rows
+    out, lse, *scores = pl.pallas_call(
+        body,
+        out_shape=out_shape,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetched),
+            grid=(batch, kv_heads // plan.heads, plan.row_blocks, plan.splits, plan.steps),
+            in_specs=operands.specs,
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM((stacked, width), jnp.float32) for width in (tile.LANES, tile.LANES, values.dim)],
+        ),
+        compiler_params=tile.compiler_params(("parallel",) * 4 + ("arbitrary",), interpret),
+        cost_estimate=_cost(plan, q, codes),
+        interpret=interpret,
+        name=name,
+    )(*prefetched, *operands.arrays)
+    return deinterleave(out, values.fmt), lse[..., 0], scores[0][..., : plan.slots] if mass else None
+
+
+def _cost(plan: Plan, q: Array, codes: dict[str, Codes]) -> pl.CostEstimate:
+    """What the compiler's scheduler is told about the call: all slots of all rows, codes read once."""
+    batch, kv_heads, _, rows, dim = q.shape
+    rows *= plan.row_blocks
+    share = batch / codes["k"].data.shape[0] * plan.slots / codes["k"].slots  # pages that rows share count for each
+    leaves = jax.tree.leaves(codes)
+    return pl.CostEstimate(
+        flops=4 * batch * kv_heads * rows * plan.slots * dim,
+        transcendentals=batch * kv_heads * rows * plan.slots,
+        bytes_accessed=int(share * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)) + 2 * q.size * q.dtype.itemsize,
+    )
+
+
+def _body(
+    *refs, plan: Plan, names: list[str], levels: dict, has_values: bool, spanned: bool, scale, softcap, window, recent, sinks
+):
+    first, last, start, filled = refs[:4]
+    refs = refs[5 if plan.paged else 4 :]
+    inputs = dict(zip(names, refs, strict=False))
+    out_ref, lse_ref, *scores_ref = refs[len(names) : -3]
+    state_refs = refs[-3:]
+    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(4)
+    step, block = pl.program_id(3) * plan.steps + j, pl.program_id(0) * plan.row_blocks + i
+    value_name = "v" if has_values else "k"
+    # What a last tile that is only partly there holds beyond its end may be NaN in floating point.
+    ragged = plan.slots % plan.tile != 0 and levels[value_name].fmt in ("dense", "e4m3", "e5m2")
+
+    @pl.when(j == 0)
+    def begin():
+        for ref, value in zip(state_refs, tile.fresh(*state_refs[2].shape), strict=True):
+            ref[...] = value
+
+    def visible(h: int, base: int, size: int):
+        """Which lanes a row sees, [M, size], for the slots that begin ``base`` after the step's first."""
+        slot = step * plan.per_step + base + lax.broadcasted_iota(jnp.int32, (1, size), 1)
+        inside = slot < (jnp.minimum(filled[b], plan.slots) if spanned else plan.slots)
+        position = slot + start[b] if spanned else _row_of(inputs["pos"], h, base, size)
+        return seen(inputs["q_pos"][0, 0, 0], position, window=window, recent=recent, sinks=sinks) & inside, inside
+
+    def scores_of(h: int, part: Part, mask: Array):
+        found = _key_scores(inputs, "k", levels["k"], h, part)
+        if "e" in levels:
+            found += _key_scores(inputs, "e", levels["e"], h, part)
+        if "centre" in inputs:
+            turn = inputs["turns"][0, part.page]
+            turned = inputs["centre"][0, h, 0] * turn[:1] + inputs["centre_crossed"][0, h, 0] * turn[1:]
+            found += tile.dot(turned, inputs["features"][:, part.lanes], (1, 0))
+        found = tile.cap(found * scale, softcap)
+        if "bias" in inputs:
+            found += _row_of(inputs["bias"], h, part.base, part.size).astype(jnp.float32)
+        found = jnp.where(mask, found, tile.MASKED)
+        if scores_ref:
+            scores_ref[0][0, h, :, part.base : part.base + part.size] = found
+        return found
+
+    def values_of(h: int, part: Part, probs: Array, mask: Array, inside: Array) -> Array:
+        factors = (_factor(inputs, f"{value_name}{part.page}_{kind}", h, part.lanes) for kind in ("scale", "zero"))
+        codes = inputs[f"{value_name}{part.page}"][0, h, :, part.lanes]
+        valid = inside if ragged else None
+        return tile.weighted_values(probs, mask, codes, levels[value_name], *factors, valid=valid)
+
+    def advance(state: tile.State, parts: list[Part]) -> tile.State:
+        """Some slots of all heads: rows of heads and lanes of pages lie side by side, so that one softmax serves all."""
+        own = not spanned and inputs["pos"].shape[1] > 1
+        masks = [[visible(h, part.base, part.size) for part in parts] for h in range(plan.heads if own else 1)]
+        masks *= 1 if own else plan.heads
+        scores = [
+            _join([scores_of(h, part, mask) for part, (mask, _) in zip(parts, masks[h], strict=True)], 1)
+            for h in range(plan.heads)
+        ]
+
+        def values(probs: Array) -> Array:
+            sums = []
+            for h in range(plan.heads):
+                rows = probs[h * plan.rows : (h + 1) * plan.rows]
+                begin = parts[0].base
+                found = [
+                    values_of(h, part, rows[:, part.base - begin : part.base - begin + part.size], *mask)
+                    for part, mask in zip(parts, masks[h], strict=True)
+                ]
+                sums.append(functools.reduce(jnp.add, found))
+            return _join(sums, 0)
+
+        return tile.advance(state, _join(scores, 0), values)
+
+    needed = (step >= first[block]) & (step < last[block])
+
+    @pl.when(needed)
+    def work():
+        state = tile.State(*(ref[...] for ref in state_refs))
+        for parts in _parts(plan):
+            state = advance(state, parts)
+        for ref, value in zip(state_refs, state, strict=True):
+            ref[...] = value
+
+    if scores_ref:
+
+        @pl.when(jnp.logical_not(needed))
+        def nothing():
+            scores_ref[0][...] = jnp.full(scores_ref[0].shape, tile.MASKED, jnp.float32)
+
+    @pl.when(j == plan.steps - 1)
+    def end():
+        out, lse = tile.finish(tile.State(*(ref[...] for ref in state_refs)))
+        for h in range(plan.heads):
+            rows = slice(h * plan.rows, (h + 1) * plan.rows)
+            out_ref[0, h, 0, 0], lse_ref[0, h, 0, 0] = out[rows], lse[rows]
+
+
+class Part(NamedTuple):
+    """Slots that are worked on together: ``lanes`` of a page's block, ``base`` slots after the step's first."""
+
+    page: int
+    lanes: slice
+    base: int
+
+    @property
+    def size(self) -> int:
+        return self.lanes.stop - self.lanes.start
+
+
+def _parts(plan: Plan) -> list[list[Part]]:
+    """A step's slots in groups of about ``plan.chunk``: parts of a large block, or several small ones."""
+    if plan.tile >= plan.chunk:
+        starts = range(0, plan.tile, plan.chunk)
+        lanes = [slice(at, min(at + plan.chunk, plan.tile)) for at in starts]
+        return [[Part(p, each, p * plan.tile + each.start)] for p in range(plan.pages) for each in lanes]
+    whole = [Part(p, slice(0, plan.tile), p * plan.tile) for p in range(plan.pages)]
+    together = plan.chunk // plan.tile
+    return [whole[at : at + together] for at in range(0, plan.pages, together)]
+
+
+def _join(parts: list[Array], axis: int) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
+
+
+def _row_of(ref, h: int, base: int, size: int) -> Array:
+    """[1, size] of what is given per slot, for one head or for all."""
+    return ref[0, h if ref.shape[1] > 1 else 0, :, base : base + size]
+
+
+def _factor(inputs: dict, name: str, h: int, lanes: slice) -> Array | None:
+    """Scales or zero points [n, T] of a tile."""
+    if name not in inputs:
+        return None
+    ref = inputs[name]
+    return ref[0, h : h + 1, lanes] if len(ref.shape) == 3 else ref[0, h, :, lanes]
+
+
+def _key_scores(inputs: dict, name: str, levels: tile.Levels, h: int, at: Part) -> Array:
+    p, lanes = at.page, at.lanes
+    side, block = inputs[f"{name}_side"][0, h, 0], inputs[f"{name}{p}"]
+    q, codes = tile.Query(inputs[f"{name}_query"][0, h, 0], side[:, :1], side[:, 1:]), block[0, h, :, lanes]
+    tiled = inputs.get(f"{name}{p}_tiled_scale")
+    if tiled is None:
+        factors = (_factor(inputs, f"{name}{p}_{kind}", h, lanes) for kind in ("scale", "zero"))
+        return tile.slot_scores(q, codes, levels, *factors)
+    each = block.shape[-1] // tiled.shape[2]
+    part = slice(lanes.start // each, lanes.stop // each)
+    zero = inputs.get(f"{name}{p}_tiled_zero")
+    return tile.tiled_scores(q, codes, levels, tiled[0, h, part], None if zero is None else zero[0, h, part])

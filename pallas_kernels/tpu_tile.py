@@ -1,0 +1,275 @@
+"""What a TPU kernel does with one tile of codes: scores, online softmax, weighted values. Plain arrays in, plain arrays out.
+
+Shapes: M query rows (a multiple of 8), H channels, T slots on the lanes, n groups of channels with a scale each. Levels are
+alpha * code + beta, so the matrix unit sees bare codes and the rest is a row or a column:
+
+    scores = sum_g scale_g[t] (alpha q_g . c[t] + beta sum(q_g)) + zero_g[t] sum(q_g)
+
+with q_g the query on the channels of group g and zero elsewhere. Groups are stacked as rows of one product.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from memjax.pallas_kernels.codes import CUBIC, Grid, planes
+
+MASKED = -1e30  # a score that is as good as -inf and has no NaN among its differences
+LANES = 128
+VMEM_LIMIT = 56 * 2**20  # bytes of on-chip memory; a 7x has 64 MiB
+_SUBBYTE = {"int4": (jnp.int4, jnp.uint4), "int2": (jnp.int2, jnp.uint2)}
+
+
+class Levels(NamedTuple):
+    """Static facts of a tile of codes.
+
+    ``dtype`` is that of the matrix unit's operands. With int8, for generations that convert integers to bfloat16 slowly,
+    the other operand is split into two limbs, x = unit (256 high + low), so that nothing of its 16 bits is lost.
+    """
+
+    fmt: str
+    grid: Grid
+    dtype: jnp.dtype
+
+    @property
+    def limbs(self) -> bool:
+        return self.dtype == jnp.int8
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """(alpha, beta) of the level as a function of what ``load`` gives."""
+        return (2.0, 1.0) if self.fmt in _SUBBYTE and self.grid == "uniform" else (1.0, 0.0)
+
+    def load(self, stored: Array) -> Array:
+        """Stored bytes [C, T] as operands [H, T], rows in the order of ``codes.interleave``."""
+        if self.fmt not in _SUBBYTE:
+            return stored.astype(self.dtype)
+        signed, unsigned = _SUBBYTE[self.fmt]
+        if not isinstance(self.grid, str):
+            return _look_up(pltpu.bitcast(stored, unsigned).astype(jnp.int8), self.grid).astype(self.dtype)
+        codes = pltpu.bitcast(stored, signed)
+        if self.grid == "uniform":
+            return codes.astype(self.dtype)
+        a, b = (jnp.asarray(c, self.dtype) for c in CUBIC[self.fmt])
+        x = codes.astype(self.dtype) + jnp.asarray(0.5, self.dtype)
+        return x * (a + b * (x * x))
+
+
+def split_limbs(x: Array, unit: Array) -> Array:
+    """x / unit, |x| <= 32512 unit, as int8 high limbs and, below them, low limbs [2 M, .]."""
+    whole = jnp.round(x / unit).astype(jnp.int32)
+    high = (whole + 128) >> 8
+    return jnp.concatenate([high, whole - (high << 8)], axis=-2).astype(jnp.int8)
+
+
+LIMB_RANGE = 32512.0  # 127 * 256
+
+
+def _join_limbs(product: Array) -> Array:
+    """float32 [M, .] of an int32 product of limbs [2 M, .], in units."""
+    rows = product.shape[0] // 2
+    return 256.0 * product[:rows].astype(jnp.float32) + product[rows:].astype(jnp.float32)
+
+
+def _look_up(index: Array, table: tuple[int, ...]) -> Array:
+    """The table's entry for codes given as unsigned numbers, int8, by the lanes' gather: 128 lanes hold the table."""
+    half = len(table) // 2
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    entries = jnp.zeros_like(lane)
+    for i in range(len(table)):
+        entries = jnp.where(lane == i, table[(i + half) % len(table)], entries)
+    entries = jnp.broadcast_to(entries, (index.shape[0], LANES)).astype(jnp.int8)
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(1,),
+        start_index_map=(1,),
+        operand_batching_dims=(0,),
+        start_indices_batching_dims=(0,),
+    )
+
+    def gather(part: Array) -> Array:
+        rows = entries[:, : part.shape[1]]
+        return lax.gather(rows, part[..., None], numbers, (1, 1), mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+
+    parts = [gather(index[:, at : at + LANES]) for at in range(0, index.shape[1], LANES)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Product with sums in float32 (int32 for int8); operands of float32 are multiplied in full precision."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    sums = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
+    return lax.dot_general(
+        a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=sums
+    )
+
+
+class Query(NamedTuple):
+    """Query rows, groups stacked: [n M, H], or as limbs int8 [2 n M, H]; ``unit`` and ``total`` (the sum) [n M, 1]."""
+
+    rows: Array
+    unit: Array
+    total: Array
+
+
+def slot_scores(q: Query, codes: Array, levels: Levels, scale: Array | None, zero: Array | None) -> Array:
+    """Scores [M, T] for scales and zero points [n, T], or None."""
+    alpha, beta = levels.line
+    product = dot(q.rows, levels.load(codes), (1, 0))
+    if levels.limbs:
+        product = _join_limbs(product) * (alpha * q.unit)
+    elif alpha != 1.0:
+        product = alpha * product
+    if beta:
+        product += beta * q.total
+    if scale is None:
+        return product
+    groups = scale.shape[0]
+    rows = product.shape[0] // groups
+    scores = None
+    for g in range(groups):
+        part = slice(g * rows, (g + 1) * rows)
+        found = product[part] * scale[g : g + 1].astype(jnp.float32)
+        if zero is not None:
+            found += q.total[part] * zero[g : g + 1].astype(jnp.float32)
+        scores = found if scores is None else scores + found
+    return scores
+
+
+def tiled_scores(q: Query, codes: Array, levels: Levels, scale: Array, zero: Array | None) -> Array:
+    """Scores [M, T] where every T / r slots have scales [r, H] of their own per channel (KIVI's keys): they go into q.
+
+    Lanes come in chunks of 128 or of a scale's slots, whichever is more; the scales of a chunk are stacked as rows.
+    """
+    alpha, beta = levels.line
+    each = codes.shape[1] // scale.shape[0]  # slots per scale
+    chunk = max(each, min(LANES, codes.shape[1]))
+    per = chunk // each
+    operands, rows = levels.load(codes), q.rows.shape[0]
+    wide = q.rows.astype(jnp.float32)
+    done = []
+    for at in range(0, codes.shape[1], chunk):
+        first = at // each
+        scaled = [wide * scale[first + i : first + i + 1].astype(jnp.float32) for i in range(per)]
+        stacked = jnp.concatenate(scaled, axis=0)
+        part = alpha * dot(stacked.astype(levels.dtype), operands[:, at : at + chunk], (1, 0))
+        if beta:
+            part += beta * jnp.sum(stacked, axis=1, keepdims=True)
+        if zero is not None:
+            zeros = [wide * zero[first + i : first + i + 1].astype(jnp.float32) for i in range(per)]
+            part += jnp.sum(jnp.concatenate(zeros, axis=0), axis=1, keepdims=True)
+        owner = lax.broadcasted_iota(jnp.int32, (rows, chunk), 1) // each
+        chosen = part[:rows]
+        for i in range(1, per):
+            chosen = jnp.where(owner == i, part[i * rows : (i + 1) * rows], chosen)
+        done.append(chosen)
+    return done[0] if len(done) == 1 else jnp.concatenate(done, axis=1)
+
+
+class State(NamedTuple):
+    """The online softmax of M rows: peak and total [M, 128], the same on every lane, and the sum of values [M, H]."""
+
+    peak: Array
+    total: Array
+    acc: Array
+
+
+def fresh(rows: int, dim: int) -> State:
+    """Nothing seen yet."""
+    lanes = (rows, LANES)
+    return State(jnp.full(lanes, MASKED, jnp.float32), jnp.zeros(lanes, jnp.float32), jnp.zeros((rows, dim), jnp.float32))
+
+
+def advance(state: State, scores: Array, values: Callable[[Array], Array]) -> State:
+    """Takes a tile's masked scores [M, T] into the softmax; ``values`` maps probabilities [M, T] to sums [M, H]."""
+    peak = jnp.maximum(state.peak, jnp.max(scores, axis=1, keepdims=True))
+    # A row that has seen nothing yet has its peak at MASKED: half of it makes the exponentials of masked scores zero.
+    probs = jnp.exp(scores - jnp.maximum(peak, MASKED / 2)[:, :1])
+    decay = jnp.exp(state.peak - peak)
+    total = decay * state.total + jnp.sum(probs, axis=1, keepdims=True)
+    return State(peak, total, decay[:, :1] * state.acc + values(probs))
+
+
+def weighted_values(
+    probs: Array,
+    seen: Array,
+    codes: Array,
+    levels: Levels,
+    scale: Array | None,
+    zero: Array | None,
+    valid: Array | None = None,
+) -> Array:
+    """Probabilities [M, T] times values, [M, H]. ``valid`` [1, T]: lanes whose values may be read, None: all."""
+    alpha, beta = levels.line
+    operands = levels.load(codes)
+    if valid is not None:
+        operands = jnp.where(valid, operands, jnp.zeros((), levels.dtype))
+    if scale is None:
+        return dot(probs.astype(levels.dtype), operands, (1, 1))
+    # Scales of free slots may be NaN: their weight is zero, not 0 * NaN.
+    groups, rows = scale.shape[0], probs.shape[0]
+    weights = [jnp.where(seen, probs * scale[g : g + 1].astype(jnp.float32), 0.0) for g in range(groups)]
+    stacked = weights[0] if groups == 1 else jnp.concatenate(weights, axis=0)
+    if levels.limbs:
+        # Probabilities are at most 1: relative to the largest weight anywhere, so is what rounding to a unit loses.
+        unit = jnp.maximum(jnp.max(stacked, axis=1, keepdims=True), jnp.float32(1e-30)) / LIMB_RANGE
+        product = _join_limbs(dot(split_limbs(stacked, unit), operands, (1, 1))) * (alpha * unit)
+    else:
+        product = dot(stacked.astype(levels.dtype), operands, (1, 1))
+        product = product if alpha == 1.0 else alpha * product
+    if beta:
+        product += beta * jnp.sum(stacked, axis=1, keepdims=True)
+    if zero is not None:
+        offsets = [jnp.where(seen, probs * zero[g : g + 1].astype(jnp.float32), 0.0) for g in range(groups)]
+        product += jnp.sum(jnp.concatenate(offsets, axis=0), axis=1, keepdims=True)
+    if groups == 1:
+        return product
+    group = _group_of_row(product.shape[1], levels.fmt, groups)
+    parts = [jnp.where(group == g, product[g * rows : (g + 1) * rows], 0.0) for g in range(groups)]
+    return functools.reduce(jnp.add, parts)
+
+
+def _group_of_row(dim: int, fmt: str, groups: int) -> Array:
+    """Which group of channels each of an output's H lanes belongs to, int32 [1, H]; their order is ``interleave``'s."""
+    lane = lax.broadcasted_iota(jnp.int32, (1, dim), 1)
+    count = planes(fmt)
+    channel = lane // count + (lane % count) * (dim // count)
+    return channel // (dim // groups)
+
+
+def finish(state: State) -> tuple[Array, Array]:
+    """Output [M, H] and log-sum-exp [M, 128]; zeros and -inf where nothing was seen."""
+    nothing = state.total == 0.0
+    total = jnp.where(nothing, 1.0, state.total)
+    lse = jnp.where(nothing, -jnp.inf, state.peak + jnp.log(total))
+    return state.acc / total[:, :1], lse
+
+
+def cap(scores: Array, softcap: float | None) -> Array:
+    """softcap tanh(x / softcap)."""
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def pad_rows(x: Array, rows: int, value: float = 0) -> Array:
+    """Pads axis -2 to ``rows``."""
+    widths = [(0, 0)] * x.ndim
+    widths[-2] = (0, rows - x.shape[-2])
+    return jnp.pad(x, widths, constant_values=x.dtype.type(value)) if rows > x.shape[-2] else x
+
+
+def compiler_params(semantics: tuple[str, ...], interpret: object) -> pltpu.CompilerParams:
+    """Parallel and sequential axes; the checks of every copy are off in compiled kernels, for their scalar work."""
+    checked = bool(interpret)
+    return pltpu.CompilerParams(
+        dimension_semantics=semantics,
+        vmem_limit_bytes=VMEM_LIMIT,
+        disable_bounds_checks=not checked,
+        disable_semaphore_checks=not checked,
+    )

@@ -1,0 +1,111 @@
+"""Inputs for tests of kernels: random codes in any form, pages, queries at ragged positions."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memjax.pallas_kernels.codes import BITS, Codes, absmax_encode, dense, pack
+from memjax.pallas_kernels.decode import Centre
+from memjax.pallas_kernels.slots import Span
+
+TABLE = tuple(int(x) for x in np.round(127 * np.tanh(np.linspace(-2, 2, 16))))
+
+
+def random_codes(
+    rng, fmt: str, shape, *, grid="uniform", groups: int = 1, tile: int = 0, zero: bool = False, dtype="bfloat16"
+) -> Codes:
+    """Codes [..., H, S]: of a Gaussian in the plain forms, else random codes, scales per group of channels or slot tile."""
+    x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    if fmt == "dense":
+        return dense(x, dtype)
+    if fmt in ("e4m3", "e5m2") or (grid == "uniform" and groups == 1 and not tile and not zero):
+        return absmax_encode(x, fmt)
+    *lead, dim, slots = shape
+    half = 2 ** (BITS[fmt] - 1)
+    codes = rng.integers(-half + (fmt == "int8"), half, shape).astype(np.int8)
+    sizes = (*lead, dim, slots // tile) if tile else (*lead, slots) if groups == 1 else (*lead, groups, slots)
+    unit = 1.0 if grid == "cubic" else 1.5 / half if isinstance(grid, str) else 1 / 80
+    scale = jnp.asarray(rng.uniform(0.5, 1.0, sizes) * unit, jnp.bfloat16)
+    offset = jnp.asarray(rng.uniform(-0.2, 0.2, sizes), jnp.bfloat16) if zero else None
+    return Codes(pack(jnp.asarray(codes), fmt), scale, fmt, offset, grid)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of ``decode``; ``keys``, ``values`` are further arguments of ``random_codes``."""
+
+    fmt: str = "int4"
+    value_fmt: str | None = None  # None: the keys'
+    batch: int = 2
+    heads: int = 2
+    rows: int = 4
+    dim: int = 64
+    slots: int = 300
+    lengths: tuple[int, ...] = (300, 151)
+    page: int = 0
+    scattered: bool = False  # positions in any order with holes, else consecutive
+    bias: bool = False
+    centre: int = 0
+    latent: int = 0  # channels of an extra part; the keys are the values then
+    keys: dict = field(default_factory=dict)
+    values: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+    bound: float = 3e-3  # relative error of the output: bfloat16 products, whatever the codes
+
+
+def build(case: Case, seed: int = 0) -> tuple[tuple, dict]:
+    """(q, k, v) and the keyword arguments of ``decode`` for a case."""
+    rng = np.random.default_rng(seed)
+    pages = -(-case.slots // case.page) if case.page else 0
+    pool = case.batch * pages + 3
+    slots = pages * case.page if case.page else case.slots
+    lead = (pool, case.heads) if case.page else (case.batch, case.heads)
+    shape = (*lead, case.dim, case.page or slots)
+    k = random_codes(rng, case.fmt, shape, **case.keys)
+    v = None if case.latent else random_codes(rng, case.value_fmt or case.fmt, shape, **case.values)
+    q_shape = (case.batch, case.heads, case.rows)
+    dtype = k.data.dtype if k.fmt == "dense" else jnp.bfloat16
+    q = jnp.asarray(rng.standard_normal((*q_shape, case.dim)), dtype)
+    length = jnp.asarray(case.lengths[: case.batch], jnp.int32)
+    kw = {"scale": case.dim**-0.5} | case.options
+    if case.scattered:
+        order = np.stack([[rng.permutation(slots) for _ in range(case.heads)] for _ in range(case.batch)])
+        kw["k_pos"] = jnp.asarray(np.where(rng.random(order.shape) < 0.3, -1, order), jnp.int32)
+        kw["q_pos"] = jnp.asarray(rng.integers(slots // 2, slots, (case.batch, case.rows)), jnp.int32)
+    else:
+        start = jnp.arange(case.batch, dtype=jnp.int32) * 3
+        kw["k_pos"] = Span(start, length)
+        kw["q_pos"] = (start + length - 1)[:, None] - jnp.arange(case.rows, dtype=jnp.int32) % 2
+    if case.page:
+        table = rng.permutation(pool)[: case.batch * pages].reshape(case.batch, pages)
+        used = np.asarray(-(-length // case.page))[:, None] if not case.scattered else pages
+        kw["table"] = jnp.asarray(np.where(np.arange(pages) < used, table, 10**6), jnp.int32)
+    if case.bias:
+        kw["bias"] = jnp.asarray(rng.standard_normal((case.batch, case.heads, slots)), jnp.float32)
+    if case.centre:
+        weights = jnp.asarray(rng.standard_normal((*q_shape, 2 * case.centre)), jnp.float32)
+        kw["centre"] = Centre(weights, np.float32(1e4 ** (-np.arange(case.centre) / case.centre)))
+    if case.latent:
+        kw["q_extra"] = jnp.asarray(rng.standard_normal((*q_shape, case.latent)), jnp.bfloat16)
+        kw["k_extra"] = random_codes(rng, "dense", (*lead, case.latent, shape[-1]))
+    return (q, k, v), kw
+
+
+
+def relative(x, expected) -> float:
+    """Relative error of finite entries; entries that are not finite must be equal."""
+    x, expected = np.asarray(x, np.float64), np.asarray(expected, np.float64)
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(x[~finite], expected[~finite])
+    size = np.linalg.norm(expected[finite])
+    return float(np.linalg.norm(x[finite] - expected[finite]) / (size or 1.0))
+
+
+def with_nan_scales(codes: Codes, free: jax.Array) -> Codes:
+    """The same codes, with a NaN for the scale of every free slot [B, K, S]."""
+    return dataclasses.replace(codes, scale=jnp.where(free, jnp.nan, codes.scale.astype(jnp.float32)).astype(jnp.bfloat16))

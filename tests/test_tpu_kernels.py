@@ -1,0 +1,318 @@
+"""The TPU kernels in interpret mode against the float32 oracles: every form of codes, mask, shape and page.
+
+Bounds are relative errors of outputs: 3e-3 for products of bfloat16 (rounding of queries and probabilities), less where
+queries go in as two 8-bit limbs, 1e-5 for float32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from kernel_helpers import TABLE, Case, build, random_codes, relative, with_nan_scales
+
+from memjax.pallas_kernels.append import append
+from memjax.pallas_kernels.choose import Target, tpu_generation
+from memjax.pallas_kernels.codes import dense
+from memjax.pallas_kernels.decode import decode, decode_reference
+from memjax.pallas_kernels.decode.tpu import decode_tpu, why_not
+from memjax.pallas_kernels.mla_decode import mla_decode, mla_decode_reference
+from memjax.pallas_kernels.prefill import prefill, prefill_reference
+from memjax.pallas_kernels.prefill.tpu import prefill_tpu
+from memjax.pallas_kernels.slots import Span
+
+F32 = {"dtype": "float32"}
+ZERO = {"zero": True}
+CASES = {
+    **{fmt: Case(fmt) for fmt in ("dense", "int8", "int4", "int2", "e4m3", "e5m2")},
+    "float32": Case("dense", keys=F32, values=F32, bound=1e-5),
+    "K4V2, 96 channels": Case("int4", "int2", dim=96, heads=1, rows=1),
+    "K8V4, 80 channels": Case("int8", "int4", dim=80, rows=8),
+    "dense keys, int2 values, 128 channels": Case("dense", "int2", dim=128, rows=5),
+    "256 channels": Case("int4", dim=256, rows=2),
+    "cubic": Case(keys={"grid": "cubic"}, values={"grid": "cubic"}, bound=6e-3),
+    "cubic int2": Case("int2", keys={"grid": "cubic"}, values={"grid": "cubic"}, bound=6e-3),
+    "table": Case(keys={"grid": TABLE}, values={"grid": TABLE}),
+    "zero points": Case(keys=ZERO, values=ZERO),
+    "groups of channels": Case(keys=ZERO | {"groups": 2}, values=ZERO | {"groups": 4}),
+    "KIVI": Case("int2", slots=384, keys=ZERO | {"tile": 32}, values=ZERO | {"groups": 2}),
+    "scales per channel and 128 slots": Case(slots=384, keys=ZERO | {"tile": 128}),
+    "scales per channel and 256 slots": Case(slots=512, keys={"tile": 256}, lengths=(512, 257)),
+    "positions": Case(scattered=True),
+    "window and softcap": Case(options={"window": 50, "softcap": 2.0}),
+    "recent and sinks": Case(scattered=True, options={"recent": 50, "sinks": 3}),
+    "bias": Case(bias=True, options={"softcap": 5.0}),
+    "centre": Case(centre=8, slots=1300, lengths=(1300, 700), options={"window": 600}),
+    "latent": Case("int8", heads=1, rows=20, dim=128, latent=32),
+    "lengths 0 and 1": Case(lengths=(0, 1)),
+    "several tiles": Case("dense", slots=9000, lengths=(9000, 4097), heads=1),
+    "pages of 128, one token past": Case(page=128, slots=600, lengths=(600, 129)),
+    "pages of 256": Case("int8", "int4", page=256, slots=700, lengths=(512, 1)),
+    "pages with positions": Case(page=128, slots=600, scattered=True),
+    "pages of KIVI": Case("int2", page=128, slots=600, keys=ZERO | {"tile": 32}, values=ZERO | {"groups": 2}),
+    "pages with centre": Case(page=128, slots=600, centre=8),
+    "sixteen heads": Case(heads=16, rows=1, batch=1, slots=130, lengths=(130,)),
+}
+
+
+def check(found, expected, bound):
+    """Outputs within the bound; log-sum-exps and masses, which do not depend on values, within theirs."""
+    for x, reference, limit in zip(found, expected, (bound, bound / 2, bound), strict=False):
+        assert relative(x, reference) < limit
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decode_gives_what_the_reference_says(case):
+    case = CASES[case]
+    (q, k, v), kw = build(case)
+    found = decode(q, k, v, mass=True, implementation="tpu", interpret=True, **kw)
+    check(found, decode_reference(q, k, v, **kw), case.bound)
+
+
+LIMBED = ("int8", "int4", "int2", "K4V2, 96 channels", "table", "zero points", "groups of channels", "pages of 256")
+
+
+@pytest.mark.parametrize("case", LIMBED)
+def test_limbs_lose_nothing(case):
+    """As on a v6e: int8 codes times two 8-bit limbs of queries and probabilities."""
+    (q, k, v), kw = build(CASES[case])
+    found = decode_tpu(q, k, v, mass=True, interpret=True, generation="v6e", **kw)
+    check(found, decode_reference(q, k, v, **kw), 2e-4)
+
+
+@pytest.mark.parametrize(("splits", "page"), [(2, 0), (3, 0), (2, 512)])
+def test_splits_of_the_sequence_merge(splits, page):
+    (q, k, v), kw = build(Case("dense", slots=9000, lengths=(8000, 3), heads=1, page=page, options={"window": 7000}))
+    found = decode_tpu(q, k, v, mass=True, interpret=True, splits=splits, **kw)
+    check(found, decode_reference(q, k, v, **kw), 3e-3)
+
+
+def test_all_evicted_gives_nothing():
+    (q, k, v), kw = build(Case(scattered=True))
+    kw["k_pos"] = jnp.full_like(kw["k_pos"], -1)
+    out, lse, mass = decode(q, k, v, mass=True, implementation="tpu", interpret=True, **kw)
+    assert (np.asarray(out) == 0).all()
+    assert (np.asarray(lse) == -np.inf).all()
+    assert (np.asarray(mass) == 0).all()
+
+
+@pytest.mark.parametrize("generation", ["v6e", "7x"])
+def test_what_lies_in_free_slots_does_not_matter(generation):
+    (q, k, v), kw = build(Case(scattered=True))
+    free = kw["k_pos"] < 0
+    dirty = decode_tpu(q, with_nan_scales(k, free), with_nan_scales(v, free), interpret=True, generation=generation, **kw)
+    clean = decode_tpu(q, k, v, interpret=True, generation=generation, **kw)
+    np.testing.assert_allclose(dirty[0], clean[0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_nan_that_is_seen_is_not_hidden():
+    (q, k, v), kw = build(Case("dense"))
+    data = k.data.at[0, 0, 0, 5].set(jnp.nan)
+    out, lse = decode(q, dense(data), v, implementation="tpu", interpret=True, **kw)
+    assert np.isnan(out[0, 0]).all()
+    assert np.isnan(lse[0, 0]).all()
+    assert np.isfinite(out[1]).all()
+
+
+@given(
+    fmt=st.sampled_from(["dense", "int8", "int4", "int2"]),
+    rows=st.integers(1, 9),
+    dim=st.sampled_from([64, 80, 96, 128]),
+    length=st.integers(0, 260),
+    window=st.sampled_from([None, 1, 40]),
+    page=st.sampled_from([0, 128]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=6, deadline=None)
+def test_any_shape(fmt, rows, dim, length, window, page, seed):
+    case = Case(fmt, rows=rows, dim=dim, heads=1, slots=260, lengths=(length, 260), page=page, options={"window": window})
+    (q, k, v), kw = build(case, seed)
+    found = decode(q, k, v, mass=True, implementation="tpu", interpret=True, **kw)
+    check(found, decode_reference(q, k, v, **kw), 5e-3)
+
+
+RACES = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager", on_race="raise")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("case", [Case(heads=1, slots=300), Case(heads=1, page=128, slots=300, lengths=(300, 100))])
+def test_decode_has_no_races(case):
+    (q, k, v), kw = build(case)
+    found = decode(q, k, v, implementation="tpu", interpret=RACES, **kw)
+    check(found, decode_reference(q, k, v, **kw)[:2], 3e-3)
+
+
+# ---- prefill -------------------------------------------------------------------------------------------------------
+
+
+def chunk(fmt="dense", groups=3, tokens=37, slots=300, page=0, dtype="bfloat16", scattered=False, **options):
+    """A chunk of new tokens: row 0 behind 200 tokens of history, row 1 at the beginning and two tokens short."""
+    case = Case(fmt, slots=slots, page=page, scattered=scattered, lengths=(200 + tokens, tokens - 2))
+    (_, k, v), kw = build(case)
+    if dtype == "float32":
+        k, v = (dense(x.decode(jnp.float32)) for x in (k, v))
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.standard_normal((2, 2, groups * tokens, case.dim)), dtype)
+    kw = {name: kw[name] for name in ("k_pos", "table") if name in kw}
+    if not scattered:
+        kw["k_pos"] = Span(jnp.zeros(2, jnp.int32), kw["k_pos"].count)
+    return (q, k, v), kw | {"q_start": jnp.array([200, 0], jnp.int32), "groups": groups, "scale": 0.125} | options
+
+
+PREFILL = {
+    "dense": {},
+    "int4 history": {"fmt": "int4"},
+    "float32": {"dtype": "float32"},
+    "one group, 8 tokens": {"groups": 1, "tokens": 8},
+    "window and softcap": {"window": 20, "softcap": 3.0},
+    "recent and sinks": {"recent": 20, "sinks": 3},
+    "several blocks": {"tokens": 300, "slots": 1500, "groups": 2},
+    "pages": {"fmt": "int8", "page": 128, "slots": 512},
+    "positions": {"fmt": "int4", "scattered": True},
+}
+
+
+@pytest.mark.parametrize("case", PREFILL)
+def test_prefill_gives_what_the_reference_says(case):
+    args, kw = chunk(**PREFILL[case])
+    found = prefill(*args, implementation="tpu", interpret=True, **kw)
+    check(found, prefill_reference(*args, **kw), 1e-5 if case == "float32" else 3e-3)
+
+
+@pytest.mark.parametrize("size", [(64, 128), (1024, 2048)])
+def test_prefill_does_not_depend_on_how_it_is_cut(size):
+    args, kw = chunk(tokens=100, slots=700)
+    found = prefill_tpu(*args, interpret=True, rows=size[0], slots=size[1], **kw)
+    check(found, prefill_reference(*args, **kw), 3e-3)
+
+
+@pytest.mark.timeout(120)
+def test_prefill_has_no_races():
+    args, kw = chunk(tokens=24, slots=300, groups=1)
+    found = prefill_tpu(*args, interpret=RACES, rows=16, slots=128, **kw)
+    check(found, prefill_reference(*args, **kw), 3e-3)
+
+
+def test_prefill_has_the_derivative_of_the_reference():
+    (q, k, v), kw = chunk(tokens=20, groups=2, slots=40, dtype="float32")
+    kw |= {"q_start": jnp.zeros(2, jnp.int32)}
+
+    def loss(q, k, v, implementation):
+        interpret = implementation == "tpu"
+        out, lse = prefill(q, dense(k), dense(v), implementation=implementation, interpret=interpret, **kw)
+        return jnp.sum(jnp.square(out)) + jnp.sum(jnp.sin(lse[0]))
+
+    found, expected = (jax.grad(loss, (0, 1, 2))(q, k.data, v.data, name) for name in ("tpu", "reference"))
+    for x, reference in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, reference, atol=2e-5)
+
+
+def test_decode_refuses_derivatives():
+    (q, k, v), kw = build(Case("dense"))
+
+    def loss(q):
+        return decode(q, k, v, implementation="tpu", interpret=True, **kw)[0].sum()
+
+    with pytest.raises(NotImplementedError, match="decode kernel has no derivative: use implementation='xla'"):
+        jax.grad(loss)(q)
+
+
+# ---- multi-head latent attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["dense", "e4m3", "int8", "int4"])
+@pytest.mark.parametrize("implementation", ["tpu", "xla"])
+def test_mla_decode_gives_what_the_reference_says(fmt, implementation):
+    rng = np.random.default_rng(0)
+    latent, rope = random_codes(rng, fmt, (2, 1, 128, 300)), random_codes(rng, "dense", (2, 1, 32, 300))
+    q, q_rope = (jnp.asarray(rng.standard_normal((2, 20, n)), jnp.bfloat16) for n in (128, 32))
+    kw = {"q_pos": jnp.full((2, 20), 290), "k_pos": Span(jnp.zeros(2, jnp.int32), jnp.array([300, 131])), "scale": 0.08}
+    found = mla_decode(q, q_rope, latent, rope, implementation=implementation, interpret=implementation == "tpu", **kw)
+    check(found, mla_decode_reference(q, q_rope, latent, rope, **kw), 3e-3)
+
+
+def test_mla_decode_keeps_the_rotary_part_dense():
+    rng = np.random.default_rng(0)
+    codes = random_codes(rng, "int8", (1, 1, 32, 64))
+    with pytest.raises(ValueError, match="rotary part dense, got format int8"):
+        mla_decode(jnp.zeros((1, 4, 32)), jnp.zeros((1, 4, 32)), codes, codes, q_pos=None, k_pos=None, scale=1.0)
+
+
+# ---- append --------------------------------------------------------------------------------------------------------
+
+APPEND = {
+    "one token": ("int4", 64, 300, [5, 299], None),
+    "one token past a tile": ("int8", 80, 300, [128, 127], None),
+    "a chunk, ragged": ("int8", 80, 300, [100, 0], [200, 3]),
+    "whole pages": ("dense", 64, 512, [128, 384], [128, 128]),
+    "behind the end": ("dense", 64, 512, [510, 0], [7, 0]),
+    "all slots": ("int2", 64, 130, [0, 1], [130, 129]),
+    "float8": ("e4m3", 96, 256, [126, 250], [5, 5]),
+}
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
+@pytest.mark.parametrize("case", APPEND)
+def test_append_writes_what_the_reference_writes(case, implementation):
+    fmt, dim, slots, start, count = APPEND[case]
+    rng = np.random.default_rng(0)
+    tokens = 1 if count is None else max(count)
+    target, new = (random_codes(rng, fmt, (2, 3, dim, n)) for n in (slots, tokens))
+    call = functools.partial(append, target, new, jnp.array(start), None if count is None else jnp.array(count))
+    found, expected = call(implementation=implementation, interpret=implementation != "xla"), call(implementation="reference")
+    for x, reference, before in zip(*map(jax.tree.leaves, (found, expected, target)), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(reference).tobytes()
+        assert np.asarray(x).tobytes() != np.asarray(before).tobytes()
+
+
+@pytest.mark.timeout(120)
+def test_append_has_no_races():
+    rng = np.random.default_rng(0)
+    target, new = (random_codes(rng, "int8", (2, 1, 32, n)) for n in (384, 150))
+    call = functools.partial(append, target, new, jnp.array([100, 7]), jnp.array([150, 2]))
+    found, expected = call(implementation="tpu", interpret=RACES), call(implementation="reference")
+    for x, reference in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(reference).tobytes()
+
+
+def test_append_refuses_what_does_not_match():
+    target = random_codes(np.random.default_rng(0), "int8", (2, 1, 32, 64))
+    with pytest.raises(ValueError, match="structure"):
+        append(target, dense(target.data), jnp.zeros(2, int))
+    with pytest.raises(ValueError, match=r"\[T\] and start \[2\]"):
+        append(target, target, jnp.zeros(3, int))
+    with pytest.raises(ValueError, match="float32 for a target of int8: encode them first"):
+        append(target.data, target.data.astype(jnp.float32), jnp.zeros(2, int))
+
+
+# ---- what is refused, and why --------------------------------------------------------------------------------------
+
+REFUSED = {
+    "int2, a type that TPU v4 lacks": ("TPU v4", Case("int2")),
+    "pages of 16 slots; a TPU's rows have 128 lanes": ("TPU v6 lite", Case(page=16)),
+    "TPU kernels read bfloat16 or float32": ("TPU v6 lite", Case("dense", keys={"dtype": "float16"})),
+    "a centring term needs consecutive positions": ("TPU v5 lite", Case(centre=4, scattered=True)),
+    r"table must hold integers in -127 .. 127": ("TPU v6 lite", Case(keys={"grid": (*TABLE[:-1], 128)})),
+    "tiles over both axes": ("TPU v6 lite", Case("int2", slots=320, values={"tile": 32})),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refusals_say_why(reason):
+    kind, case = REFUSED[reason]
+    (q, k, v), kw = build(case)
+    arrays = {"q": q, "k": k, "v": v, **kw, "centre_weights": kw["centre"].weights if case.centre else None}
+    assert reason.replace("\\", "") in why_not(Target("tpu", kind), arrays)
+    if kind != "TPU v4":
+        with pytest.raises(ValueError, match=f"decode: implementation 'tpu' cannot serve this case.*{reason}"):
+            decode(q, k, v, implementation="tpu", interpret=True, **kw)
+
+
+def test_generations_have_their_names():
+    kinds = ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"]
+    assert [tpu_generation(kind) for kind in kinds] == ["v4", "v5e", "v5p", "v6e", "7x"]
+    assert tpu_generation("TPU v9") == "TPU v9"
