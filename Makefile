@@ -38,6 +38,7 @@ test-slow: $(STAMP)
 test-kernels: $(STAMP) $(AOT_STAMP)
 	$(AOT_RUN) $(RUN) -m pytest -m kernels
 	$(AOT)/bin/python benchmarks/tpu_static.py --check
+	$(AOT)/bin/python benchmarks/aot_gpu.py
 
 lint: $(STAMP)
 	$(RUN) -m ruff check --extend-exclude $(AOT) .
@@ -72,5 +73,5 @@ $(AOT)/.installed: $(STAMP)
 	$(RUN) -m venv --clear $(AOT)
 	version=$$($(RUN) -c 'import importlib.metadata as m; print(m.version("jax"))'); \
 	$(AOT)/bin/python -m pip install --disable-pip-version-check -e . "jax[tpu]==$$version" \
-		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
+		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" nvidia-cuda-nvcc nvidia-cuda-cuobjdump
 	@touch $@

@@ -3,10 +3,10 @@
     pip install 'jax[tpu]'
     python benchmarks/aot_decode_step.py [--layers 32] [--tpu v5e v6e]
 
-Weights bfloat16, one sequence of 32,768 tokens, policy ``int4(rotate=true)+kernels(pallas)``, cache donated; a v5e, whose 16 GB
-the weights alone would fill, runs as four chips that share heads and weights (mesh axis ``model``). The compiler's memory
-analysis must agree with the ledger: arguments within 3 % of weights plus ``predict_nbytes``, the cache updated in place, and
-no temporary as large as one layer's decompressed cache. Writes results/aot_decode_step.{json,md}.
+Weights bfloat16, one sequence of 32,768 tokens, policy ``int4(rotate=true)+kernels(pallas)``, cache donated; a v5e, whose
+16 GB the weights alone would fill, runs as four chips that share heads and weights (mesh axis ``model``). The compiler's
+memory analysis must agree with the ledger: arguments within 3 % of weights plus ``predict_nbytes``, the cache updated in
+place, and no array of floats as large as one layer's decompressed cache. Writes results/aot_decode_step.{json,md}.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +94,20 @@ def compile_step(generation: str, layers: int) -> dict:
         "arguments": memory.argument_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
+        "largest_array": largest_array(text),
     }
+
+
+def largest_array(text: str) -> int:
+    """Bytes of the largest array of floats that an instruction of the compiled program's body makes."""
+    body, sizes = text[text.index("ENTRY") :], {"bf16": 2, "f32": 4}
+    found = [0]
+    for line in body.splitlines():
+        if " = " in line and " parameter(" not in line:
+            made = re.split(r"\s[a-z-]+\(", line.split(" = ", 1)[1], maxsplit=1)[0]
+            for kind, dims in re.findall(r"\b(bf16|f32)\[([0-9,]+)\]", made):
+                found.append(sizes[kind] * math.prod(map(int, dims.split(","))))
+    return max(found)
 
 
 def problems(row: dict) -> list[str]:
@@ -103,10 +118,9 @@ def problems(row: dict) -> list[str]:
     checks = {
         f"arguments {row['arguments']:,} are not within 3 % of {expected:,}": abs(row["arguments"] / expected - 1) < TOLERANCE,
         f"only {row['aliased']:,} bytes of the cache are updated in place": row["aliased"] >= row["ledger"] * (1 - TOLERANCE),
-        f"temporaries of {row['temporaries']:,} bytes, a layer's decompressed cache being {row['decompressed_layer']:,}": row[
-            "temporaries"
-        ]
-        < row["decompressed_layer"],
+        f"an array of {row['largest_array']:,} bytes, a layer's decompressed cache being {row['decompressed_layer']:,}": (
+            row["largest_array"] < row["decompressed_layer"]
+        ),
         f"{row['kernels']} kernels in {row['layers']} layers": row["kernels"] >= row["layers"],
     }
     return [text for text, fine in checks.items() if not fine]
@@ -137,12 +151,12 @@ def report(rows: list[dict]) -> str:
     lines = [
         "# The decode step of a Llama-3-8B-shaped model, compiled for TPUs",
         "",
-        f"{versions}, on a machine without a TPU: the compiler's memory analysis per chip, nothing run. Policy `{POLICY}`, one "
-        f"sequence, capacity {CAPACITY:,}. Bytes. Written by `benchmarks/aot_decode_step.py`.",
+        f"{versions}, on a machine without a TPU: the compiler's memory analysis per chip, nothing run. Policy `{POLICY}`, "
+        f"one sequence, capacity {CAPACITY:,}. Bytes. Written by `benchmarks/aot_decode_step.py`.",
         "",
-        "| TPU | chips | layers | weights | cache (ledger) | arguments | of weights + ledger | in place | temporaries | "
-        "a layer decompressed | kernels |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| TPU | chips | layers | weights | cache (ledger) | arguments | of weights + ledger | in place | temporaries, "
+        "all | largest array | a layer decompressed | kernels |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         if "error" in row:
@@ -151,7 +165,7 @@ def report(rows: list[dict]) -> str:
         share = row["arguments"] / (row["weights"] + row["ledger"])
         names = ("weights", "ledger", "arguments")
         cells = [f"{row[name]:,}" for name in names] + [f"{share:.4f}"]
-        cells += [f"{row[name]:,}" for name in ("aliased", "temporaries", "decompressed_layer", "kernels")]
+        cells += [f"{row[name]:,}" for name in ("aliased", "temporaries", "largest_array", "decompressed_layer", "kernels")]
         lines.append(f"| {row['tpu']} | {row['chips']} | {row['layers']} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

@@ -118,47 +118,50 @@ def compile_case(kind: str, fields: dict, build: str) -> dict:
 
 
 def resources(executable: bytes, kernel: str) -> list[dict]:
-    """Registers per thread, bytes of stack (what is spilled lies there) and shared memory of kernels by their name's start."""
+    """Registers per thread, bytes of stack (what is spilled lies there) and shared memory of kernels by their name's start.
+
+    Empty where the image could not be found in the executable, whose format is not documented.
+    """
     found = []
     for code in machine_code(executable):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(code)
             file.flush()
-            done = subprocess.run([cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+            command = [cuobjdump(), "--dump-resource-usage", file.name]
+            done = subprocess.run(command, capture_output=True, text=True)  # fails on bytes that only look like an image
         for name, usage in re.findall(r"Function (\w+):\s*\n\s*(.*)", done.stdout):
             if name.startswith(kernel):
                 numbers = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
                 found.append({"name": name, **numbers})
-    if not found:
-        raise RuntimeError(f"no kernel {kernel} in the compiled program")
     return found
 
 
 def machine_code(executable: bytes) -> Iterator[bytes]:
-    """ELF images in a serialised executable, which holds them compressed with Snappy at an offset that it does not tell."""
-    end = executable.find(ELF)
-    for start in range(max(end, 0)):
-        data = _unsnap(executable, start)
-        if data is not None and ELF in data:
-            at = data.find(ELF)
-            while at >= 0:
-                yield data[at:]
-                at = data.find(ELF, at + 4)
-            return
+    """ELF images in a serialised executable, which holds them compressed with Snappy at offsets that it does not tell."""
+    start = 0
+    while start < len(executable):
+        data, end = _unsnap(executable, start)
+        at = data.find(ELF)
+        start = end if at >= 0 else start + 1
+        while at >= 0:
+            yield data[at:]
+            at = data.find(ELF, at + len(ELF))
 
 
-def _unsnap(source: bytes, at: int) -> bytes | None:
-    """What a raw Snappy stream beginning at ``at`` holds; None if none does (github.com/google/snappy, format_description)."""
+def _unsnap(source: bytes, at: int) -> tuple[bytes, int]:
+    """What a raw Snappy stream beginning at ``at`` holds, nothing if none does, and its end (Snappy's format_description)."""
     length = shift = 0
     while True:
+        if at >= len(source):
+            return b"", at
         byte = source[at]
         at, length, shift = at + 1, length | (byte & 127) << shift, shift + 7
         if byte < 128:
             break
         if shift > 28:
-            return None
+            return b"", at
     if not 4_000 < length < 16_000_000:
-        return None
+        return b"", at
     out = bytearray()
     try:
         while len(out) < length:
@@ -170,7 +173,7 @@ def _unsnap(source: bytes, at: int) -> bytes | None:
                     extra = size - 60
                     size, at = int.from_bytes(source[at : at + extra], "little") + 1, at + extra
                 if at + size > len(source):
-                    return None
+                    return b"", at
                 out += source[at : at + size]
                 at += size
                 continue
@@ -180,12 +183,12 @@ def _unsnap(source: bytes, at: int) -> bytes | None:
                 width = 2 if kind == 2 else 4
                 size, back, at = (tag >> 2) + 1, int.from_bytes(source[at : at + width], "little"), at + width
             if not 0 < back <= len(out):
-                return None
+                return b"", at
             for _ in range(size):
                 out.append(out[-back])
     except IndexError:
-        return None
-    return bytes(out) if len(out) == length else None
+        return b"", at
+    return (bytes(out), at) if len(out) == length else (b"", at)
 
 
 def serve() -> None:
@@ -232,8 +235,9 @@ def report(rows: list[dict]) -> str:
     lines = [
         "# GPU kernels, compiled without a GPU",
         "",
-        f"{versions}; devices: {', '.join(f'{kind} {gpu.name}' for kind, gpu in GPUS.items())}. Nothing was run. Registers per "
-        "thread / bytes of stack (spills lie there) / bytes of shared memory per block. Written by `benchmarks/aot_gpu.py`.",
+        f"{versions}; devices: {', '.join(f'{kind} {gpu.name}' for kind, gpu in GPUS.items())}. Nothing was run.",
+        "Registers per thread / bytes of stack (spills lie there) / bytes of shared memory per block. Written by",
+        "`benchmarks/aot_gpu.py`.",
         "",
         f"| case | {' | '.join(GPUS)} |",
         f"|---|{'---|' * len(GPUS)}",
@@ -247,6 +251,8 @@ def report(rows: list[dict]) -> str:
                 cells.append("-")
             elif "error" in row:
                 cells.append(row["error"][:120].replace("|", "/"))
+            elif not row["kernels"]:
+                cells.append("compiled, resources not readable")
             else:
                 worst = max(row["kernels"], key=lambda each: each.get("reg", 0))
                 cells.append(" / ".join(str(worst.get(key, 0)) for key in ("reg", "stack", "shared")))

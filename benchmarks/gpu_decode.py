@@ -5,8 +5,8 @@
     python benchmarks/gpu_decode.py --predict     # anywhere: what the bytes allow, writes results/gpu_decode_bound.md
 
 A variant's speed is given as bytes per second of its *compressed* cache, as a fraction of a measured copy, and as a ratio
-to the fastest bfloat16 kernel of the same shape. Every result is checked against the float32 reference before it is timed. Peers:
-cuDNN through ``jax.nn.dot_product_attention``, JAX's Pallas decode attention, tokamax where it is installed.
+to the fastest bfloat16 kernel of the same shape. Every result is checked against the float32 reference before it is timed.
+Peers: cuDNN through ``jax.nn.dot_product_attention``, JAX's Pallas decode attention, tokamax where it is installed.
 """
 
 from __future__ import annotations

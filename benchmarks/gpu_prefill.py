@@ -101,8 +101,8 @@ def report(found: list[dict], where: dict) -> str:
         base = shape["rows"]["cuDNN bf16"]["median"]
         for name, row in shape["rows"].items():
             lines.append(
-                f"| {shape['batch']} | {shape['tokens']:,} | {shape['heads']} / {shape['kv_heads']} | {shape['dim']} | {name} | "
-                f"{shape['flops'] / row['median'] / 1e12:.0f} | {base / row['median']:.2f}x |"
+                f"| {shape['batch']} | {shape['tokens']:,} | {shape['heads']} / {shape['kv_heads']} | {shape['dim']} | "
+                f"{name} | {shape['flops'] / row['median'] / 1e12:.0f} | {base / row['median']:.2f}x |"
             )
     return "\n".join([*lines, ""])
 

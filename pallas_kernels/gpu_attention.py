@@ -4,8 +4,8 @@ A program takes a block of query rows of one kv head and a part of the sequence;
 two, each a row range of one bit plane, so that unpacking is a shift and a mask and nothing is ever interleaved. Parts of the
 sequence are merged by their log-sum-exp (Flash-Decoding).
 
-It is written for Pallas' Triton backend, which JAX has deprecated in favour of Mosaic GPU: the latter's low-bit operands cannot
-be interpreted, so the numbers of such a kernel could not be checked without a GPU, these can. Experimental: checked in
+It is written for Pallas' Triton backend, which JAX has deprecated in favour of Mosaic GPU: the latter's low-bit operands
+cannot be interpreted, so the numbers of such a kernel could not be checked without a GPU, these can. Experimental: checked in
 interpret mode and compiled ahead of time, never run on a GPU.
 """
 
@@ -125,7 +125,9 @@ class Form:
         if self.padded == self.dim:
             return out
         ends = list(itertools.accumulate(piece.size for piece in self.pieces))
-        return jnp.concatenate([out[..., e - p.size : e - p.size + p.valid] for e, p in zip(ends, self.pieces, strict=True)], -1)
+        starts = [end - piece.size for end, piece in zip(ends, self.pieces, strict=True)]
+        parts = [out[..., at : at + piece.valid] for at, piece in zip(starts, self.pieces, strict=True)]
+        return jnp.concatenate(parts, axis=-1)
 
 
 def form_of(codes: Codes) -> Form:
@@ -272,36 +274,44 @@ def _dot(a: Array, b: Array) -> Array:
 
 
 class _Where(NamedTuple):
-    """Where a tile lies: leading index of its page or row, kv head, slots [T] there and which of them exist."""
+    """Where a tile lies: leading index of its page or row, kv head, slots [T] there and which exist (None: all)."""
 
     lead: Array
     head: Array
     slot: Array
-    exists: Array
+    exists: Array | None
+
+
+def _load(ref, mask: Array | None, other=0.0) -> Array:
+    """What lies at ``ref``, with ``other`` where the mask, if any, is false."""
+    return plt.load(ref) if mask is None else plt.load(ref, mask=mask, other=other)
 
 
 def _factor(refs: dict, name: str, at: _Where, group: int) -> Array:
     """Scales or zero points [T] of a group; those of slots that do not exist are 0."""
     ref = refs[name].at[at.lead, at.head, jnp.int32(group), at.slot]
-    return plt.load(ref, mask=at.exists, other=0.0).astype(jnp.float32)
+    return _load(ref, at.exists).astype(jnp.float32)
 
 
 def _piece(refs: dict, key: str, form: Form, piece: Piece, at: _Where) -> Array:
     """Operands [size, T]: levels, or with scales of slot tiles the decoded numbers."""
     row = piece.row + jnp.arange(piece.size)
-    mask = (row < form.stored)[:, None] & at.exists[None, :]
+    mask = None if at.exists is None else jnp.broadcast_to(at.exists[None, :], (piece.size, at.slot.shape[0]))
+    if piece.valid < piece.size:
+        rows = jnp.broadcast_to((row < form.stored)[:, None], (piece.size, at.slot.shape[0]))
+        mask = rows if mask is None else rows & mask
     ref = refs[key].at[at.lead, at.head, row[:, None], at.slot[None, :]]
     zero = jnp.zeros((), refs[key].dtype)
-    levels = _levels(plt.load(ref, mask=mask, other=zero), form, piece.plane, refs.get(f"{key}_table"))
+    levels = _levels(_load(ref, mask, zero), form, piece.plane, refs.get(f"{key}_table"))
     if not form.tile:
         return levels
     alpha, beta = form.line
     channel = piece.plane * form.stored + row
     where = (at.lead, at.head, channel[:, None], at.slot[None, :] // form.tile)
     x = alpha * levels.astype(jnp.float32) + beta
-    x = x * plt.load(refs[f"{key}_scale"].at[where], mask=mask, other=0.0).astype(jnp.float32)
+    x = x * _load(refs[f"{key}_scale"].at[where], mask).astype(jnp.float32)
     if form.zero:
-        x = x + plt.load(refs[f"{key}_zero"].at[where], mask=mask, other=0.0).astype(jnp.float32)
+        x = x + _load(refs[f"{key}_zero"].at[where], mask).astype(jnp.float32)
     return x.astype(form.dtype)
 
 
@@ -310,9 +320,10 @@ def _load_query(ref, b, h, rows: Array, form: Form) -> list[tuple[Array, Array]]
     found = []
     for piece in form.pieces:
         lane = jnp.arange(piece.size)
-        mask = jnp.broadcast_to((lane < piece.valid)[None, :], (rows.shape[0], piece.size))
+        whole = piece.valid == piece.size
+        mask = None if whole else jnp.broadcast_to((lane < piece.valid)[None, :], (rows.shape[0], piece.size))
         at = ref.at[b, h, rows[:, None], (piece.channel + jnp.where(lane < piece.valid, lane, 0))[None, :]]
-        x = plt.load(at, mask=mask, other=jnp.zeros((), ref.dtype))
+        x = _load(at, mask, jnp.zeros((), ref.dtype))
         found.append((x, jnp.sum(x.astype(jnp.float32), axis=1)))
     return found
 
@@ -383,24 +394,23 @@ def _body(*refs, plan: Plan, names, forms, value_key, slots, page, per_split, ma
     extra = _load_query(inputs["q_extra"], b, h, rows, forms["e"]) if "e" in forms else None
     value_form = forms[value_key]
 
-    def per_slot(name: str, slot: Array, exists: Array, other):
+    def per_slot(name: str, slot: Array, exists: Array | None, other):
         ref = inputs[name]
-        return plt.load(ref.at[b, h if ref.shape[1] > 1 else jnp.int32(0), slot], mask=exists, other=other)
+        return _load(ref.at[b, h if ref.shape[1] > 1 else jnp.int32(0), slot], exists, other)
 
     def step(i, carry):
         peak, total, acc = carry
         slot = i * plan.tile + jnp.arange(plan.tile)
-        exists = slot < slots
-        safe = jnp.where(exists, slot, 0)
+        exists = slot < slots if slots % plan.tile else None
+        safe = slot if exists is None else jnp.where(exists, slot, 0)
+        at = _Where(b, h, safe, exists)
         if page:
             at = _Where(inputs["pages"][b, i * plan.tile // page], h, slot % page, exists)
-        else:
-            at = _Where(b, h, safe, exists)
         if "pos" in inputs:
             position = per_slot("pos", safe, exists, -1)
         else:
-            filled = slot < inputs["count"][b]
-            position = jnp.where(filled & exists, slot + inputs["start"][b], -1)
+            filled = slot < jnp.minimum(inputs["count"][b], slots)
+            position = jnp.where(filled, slot + inputs["start"][b], -1)
         visible = seen(q_pos[:, None], position[None, :], **mask)
         found = _scores(inputs, "k", forms["k"], query, at)
         if extra is not None:
@@ -415,7 +425,7 @@ def _body(*refs, plan: Plan, names, forms, value_key, slots, page, per_split, ma
         found = jnp.where(visible, found, MASKED)
         if mass:
             where = scores_ref[0].at[b, h, rows[:, None], safe[None, :]]
-            plt.store(where, found, mask=jnp.broadcast_to(exists[None, :], found.shape))
+            plt.store(where, found, mask=None if exists is None else jnp.broadcast_to(exists[None, :], found.shape))
         newest = jnp.maximum(peak, jnp.max(found, axis=1))
         # A row that has seen nothing yet has its peak at MASKED: half of it makes the masked exponentials zero.
         probs = jnp.exp2((found - jnp.maximum(newest, MASKED / 2)[:, None]) * LOG2E)

@@ -35,6 +35,8 @@ from cache_helpers import (
 )
 
 import memjax as mj
+from memjax.attention.attend import history_positions
+from memjax.pallas_kernels.slots import Span, positions
 from memjax.quantize import Fp8, Int4, Int8
 
 CUTS = {"whole": [TOKENS], "sevens": [7] * 7, "ones": [1] * TOKENS}
@@ -78,6 +80,18 @@ def test_what_is_stored_does_not_depend_on_chunks(text):
         for a, b in zip(whole, other, strict=True):
             a, b = (np.asarray(x, np.float32) for x in (a, b))
             assert np.mean(np.abs(a - b) > 1e-5) < 0.002
+
+
+@pytest.mark.parametrize(("text", "first"), [("dense", 0), (CODED, 2), (RAGGED, 2), ("streaming(4,16)", None), (HOST, None)])
+def test_a_history_of_consecutive_tokens_is_a_span(text, first):
+    """Kernels then read no positions; a ring has an array of them."""
+    cache = result(text, "sevens")[1]
+    found = history_positions(cache)
+    assert isinstance(found, Span) == (first is not None)
+    held = np.sort(np.asarray(positions(found, cache.history.slots))[:, 0])
+    end, count = TOKENS - cache.layout.tail, cache.history.slots if first is None else TOKENS - first - cache.layout.tail
+    np.testing.assert_array_equal(held[:, -count:], [np.arange(end - count, end)] * BATCH)
+    assert (held[:, :-count] == -1).all()
 
 
 def paper_streaming(tokens, sinks: int, window: int, model_window: int | None = None) -> np.ndarray:

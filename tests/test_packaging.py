@@ -15,7 +15,7 @@ from source_tree import REPOSITORY, ROOTS, installed_path, modules
 pytestmark = pytest.mark.slow
 
 NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv", "build", "dist", "demo_out", "*.egg-info", "__pycache__", ".*_cache"
+    ".git", ".venv*", "build", "dist", "demo_out", "*.egg-info", "__pycache__", ".*_cache"
 )
 OTHERS = {"models/__init__.py": "OTHER = 'models'\n", "pallas_kernels/__init__.py": "OTHER = 'kernels'\n"}
 

@@ -1,8 +1,4 @@
-"""The TPU kernels in interpret mode against the float32 oracles: every form of codes, mask, shape and page.
-
-Bounds are relative errors of outputs: 3e-3 for products of bfloat16 (rounding of queries and probabilities), less where
-queries go in as two 8-bit limbs, 1e-5 for float32.
-"""
+"""The TPU kernels in interpret mode against the float32 oracles: every form of codes, mask, shape and page."""
 
 import functools
 
@@ -13,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
-from kernel_helpers import TABLE, Case, build, random_codes, relative, with_nan_scales
+from kernel_helpers import CASES, PREFILL, TABLE, Case, build, check, chunk, random_codes, with_nan_scales
 
 from memjax.pallas_kernels.append import append
 from memjax.pallas_kernels.choose import Target, tpu_generation
@@ -24,45 +20,6 @@ from memjax.pallas_kernels.mla_decode import mla_decode, mla_decode_reference
 from memjax.pallas_kernels.prefill import prefill, prefill_reference
 from memjax.pallas_kernels.prefill.tpu import prefill_tpu
 from memjax.pallas_kernels.slots import Span
-
-F32 = {"dtype": "float32"}
-ZERO = {"zero": True}
-CASES = {
-    **{fmt: Case(fmt) for fmt in ("dense", "int8", "int4", "int2", "e4m3", "e5m2")},
-    "float32": Case("dense", keys=F32, values=F32, bound=1e-5),
-    "K4V2, 96 channels": Case("int4", "int2", dim=96, heads=1, rows=1),
-    "K8V4, 80 channels": Case("int8", "int4", dim=80, rows=8),
-    "dense keys, int2 values, 128 channels": Case("dense", "int2", dim=128, rows=5),
-    "256 channels": Case("int4", dim=256, rows=2),
-    "cubic": Case(keys={"grid": "cubic"}, values={"grid": "cubic"}, bound=6e-3),
-    "cubic int2": Case("int2", keys={"grid": "cubic"}, values={"grid": "cubic"}, bound=6e-3),
-    "table": Case(keys={"grid": TABLE}, values={"grid": TABLE}),
-    "zero points": Case(keys=ZERO, values=ZERO),
-    "groups of channels": Case(keys=ZERO | {"groups": 2}, values=ZERO | {"groups": 4}),
-    "KIVI": Case("int2", slots=384, keys=ZERO | {"tile": 32}, values=ZERO | {"groups": 2}),
-    "scales per channel and 128 slots": Case(slots=384, keys=ZERO | {"tile": 128}),
-    "scales per channel and 256 slots": Case(slots=512, keys={"tile": 256}, lengths=(512, 257)),
-    "positions": Case(scattered=True),
-    "window and softcap": Case(options={"window": 50, "softcap": 2.0}),
-    "recent and sinks": Case(scattered=True, options={"recent": 50, "sinks": 3}),
-    "bias": Case(bias=True, options={"softcap": 5.0}),
-    "centre": Case(centre=8, slots=1300, lengths=(1300, 700), options={"window": 600}),
-    "latent": Case("int8", heads=1, rows=20, dim=128, latent=32),
-    "lengths 0 and 1": Case(lengths=(0, 1)),
-    "several tiles": Case("dense", slots=9000, lengths=(9000, 4097), heads=1),
-    "pages of 128, one token past": Case(page=128, slots=600, lengths=(600, 129)),
-    "pages of 256": Case("int8", "int4", page=256, slots=700, lengths=(512, 1)),
-    "pages with positions": Case(page=128, slots=600, scattered=True),
-    "pages of KIVI": Case("int2", page=128, slots=600, keys=ZERO | {"tile": 32}, values=ZERO | {"groups": 2}),
-    "pages with centre": Case(page=128, slots=600, centre=8),
-    "sixteen heads": Case(heads=16, rows=1, batch=1, slots=130, lengths=(130,)),
-}
-
-
-def check(found, expected, bound):
-    """Outputs within the bound; log-sum-exps and masses, which do not depend on values, within theirs."""
-    for x, reference, limit in zip(found, expected, (bound, bound / 2, bound), strict=False):
-        assert relative(x, reference) < limit
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -147,33 +104,6 @@ def test_decode_has_no_races(case):
 
 
 # ---- prefill -------------------------------------------------------------------------------------------------------
-
-
-def chunk(fmt="dense", groups=3, tokens=37, slots=300, page=0, dtype="bfloat16", scattered=False, **options):
-    """A chunk of new tokens: row 0 behind 200 tokens of history, row 1 at the beginning and two tokens short."""
-    case = Case(fmt, slots=slots, page=page, scattered=scattered, lengths=(200 + tokens, tokens - 2))
-    (_, k, v), kw = build(case)
-    if dtype == "float32":
-        k, v = (dense(x.decode(jnp.float32)) for x in (k, v))
-    rng = np.random.default_rng(1)
-    q = jnp.asarray(rng.standard_normal((2, 2, groups * tokens, case.dim)), dtype)
-    kw = {name: kw[name] for name in ("k_pos", "table") if name in kw}
-    if not scattered:
-        kw["k_pos"] = Span(jnp.zeros(2, jnp.int32), kw["k_pos"].count)
-    return (q, k, v), kw | {"q_start": jnp.array([200, 0], jnp.int32), "groups": groups, "scale": 0.125} | options
-
-
-PREFILL = {
-    "dense": {},
-    "int4 history": {"fmt": "int4"},
-    "float32": {"dtype": "float32"},
-    "one group, 8 tokens": {"groups": 1, "tokens": 8},
-    "window and softcap": {"window": 20, "softcap": 3.0},
-    "recent and sinks": {"recent": 20, "sinks": 3},
-    "several blocks": {"tokens": 300, "slots": 1500, "groups": 2},
-    "pages": {"fmt": "int8", "page": 128, "slots": 512},
-    "positions": {"fmt": "int4", "scattered": True},
-}
 
 
 @pytest.mark.parametrize("case", PREFILL)

@@ -32,7 +32,7 @@ def decode_gpu(
 ) -> tuple[Array, Array, Array | None]:
     """Same meaning and arguments as ``decode_reference``. ``splits``: parts of the sequence that run in parallel."""
     rows = q.shape[2]
-    plan = _plan(q, k, v, table, splits)
+    plan = _plan(q, k, v, table, splits, centre is not None)
 
     def pad(x: Array | None) -> Array | None:
         extra = -rows % plan.rows
@@ -51,7 +51,7 @@ def decode_gpu(
     return out, lse, jnp.sum(jnp.exp(scores[:, :, :rows] - finite), axis=2)
 
 
-def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, splits: int | None) -> Plan:
+def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, splits: int | None, centred: bool) -> Plan:
     """Enough parts to keep the processors busy twice over, none of them short."""
     batch, kv_heads, rows, _ = q.shape
     tile = TILE if table is None else min(TILE, k.slots)
@@ -62,4 +62,6 @@ def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, splits: int 
     programs = batch * kv_heads * -(-rows // block)
     if splits is None:
         splits = max(1, min(-(-2 * PROCESSORS // programs), slots // SHORTEST_PART))
-    return Plan(block, tile, min(splits, -(-slots // tile)), warps=8 if wide else 4)
+    looked_up = any(not isinstance(codes.grid, str) for codes in (k, v) if codes is not None)
+    warps = 8 if max(k.dim, 0 if v is None else v.dim) > 128 or centred or looked_up else 4  # for registers
+    return Plan(block, tile, min(splits, -(-slots // tile)), warps)

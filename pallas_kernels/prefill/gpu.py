@@ -1,4 +1,4 @@
-"""Flash prefill on a GPU: blocks of query rows of one query head against tiles of slots (FlashAttention-2, arXiv 2307.08691)."""
+"""Flash prefill on a GPU: blocks of query rows of one head against tiles of slots (FlashAttention-2, arXiv 2307.08691)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ def prefill_gpu(
     batch, kv_heads, all_rows, _ = q.shape
     tokens = all_rows // groups
     padded = -(-tokens // ROWS) * ROWS
-    wide = (k if v is None else v).dim > 128
-    tile = TILE if table is None else min(TILE, k.slots)
-    plan = Plan(ROWS, tile, 1, warps=8 if wide else 4)
+    tile = TILE if k.dim <= 128 else TILE // 2
+    plan = Plan(ROWS, tile if table is None else min(tile, k.slots), 1, warps=8)
 
     def pad(x: Array | None) -> Array | None:
         if x is None:
