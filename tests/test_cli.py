@@ -49,7 +49,7 @@ def test_compare_prints_and_saves_a_row_per_policy(monkeypatch, capsys, tmp_path
         (["generate", "--prompt", ""], "not an empty prompt"),
         (["generate", "--prompt", "x", "--policy", "int5"], "unknown policy 'int5'"),
         (["generate", "--prompt", "x", "--policy", "int4(bits=3)"], "does not take 'bits=3'"),
-        (["generate", "--prompt", "x", "--policy", "streaming(4,-1)"], "window of at least 1"),
+        (["generate", "--prompt", "x", "--policy", "streaming(4,-1)"], "window to be an integer of at least 1, got -1"),
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature must be 0 (greedy)"),
         (["generate", "--prompt", "x", "--model", "nowhere.gguf"], "no GGUF file at nowhere.gguf"),
         (["generate", "--prompt", "x", "--model", "nowhere"], "no model 'nowhere'"),
@@ -57,7 +57,7 @@ def test_compare_prints_and_saves_a_row_per_policy(monkeypatch, capsys, tmp_path
         (["compare", "--text-file", "nowhere.txt", "--policy", "dense"], "no text file at nowhere.txt"),
         (["compare", "--text-file", "x", "--policy", "dense", "--json", "no/where.json"], "no folder"),
         (["compare", "--text-file", "x", "--policy", "dense", "--chunk", "0"], "chunk >= 1"),
-        (["compare", "--text-file", "x", "--policy", "dense", "--protect-layers", "-1"], "count >= 0"),
+        (["compare", "--text-file", "x", "--policy", "dense", "--protect-layers", "-1"], "count to be an integer of at least 0"),
     ],
 )
 def test_bad_input_ends_in_one_line(monkeypatch, capsys, tmp_path, arguments, message):

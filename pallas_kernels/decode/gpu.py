@@ -7,7 +7,7 @@ from jaxtyping import Array
 
 from memjax.pallas_kernels.codes import Codes
 from memjax.pallas_kernels.decode.reference import Centre
-from memjax.pallas_kernels.gpu_attention import Plan, attention_gpu, why_not
+from memjax.pallas_kernels.gpu_attention import Plan, attention_gpu, form_of, why_not
 from memjax.pallas_kernels.merge import merge_stacked
 
 __all__ = ["decode_gpu", "why_not"]
@@ -52,16 +52,18 @@ def decode_gpu(
 
 
 def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, splits: int | None, centred: bool) -> Plan:
-    """Enough parts to keep the processors busy twice over, none of them short."""
+    """Enough parts to keep the processors busy twice over, none of them short; more warps for what takes registers."""
     batch, kv_heads, rows, _ = q.shape
-    tile = TILE if table is None else min(TILE, k.slots)
+    both = [codes for codes in (k, v) if codes is not None]
+    widest = max(codes.dim for codes in both)
+    masked = any(form_of(codes).padded != codes.dim for codes in both)
+    tile = TILE // 2 if masked else TILE
+    tile = tile if table is None else min(tile, k.slots)
     slots = k.slots if table is None else k.slots * table.shape[1]
-    # The latent's accumulators are wide: fewer rows a program, more warps for them.
-    wide = (k if v is None else v).dim > 256
-    block = 16 if wide or rows <= 16 else 32
+    block = 16 if widest > 256 or rows <= 16 else 32
     programs = batch * kv_heads * -(-rows // block)
     if splits is None:
         splits = max(1, min(-(-2 * PROCESSORS // programs), slots // SHORTEST_PART))
-    looked_up = any(not isinstance(codes.grid, str) for codes in (k, v) if codes is not None)
-    warps = 8 if max(k.dim, 0 if v is None else v.dim) > 128 or centred or looked_up else 4  # for registers
+    looked_up = any(not isinstance(codes.grid, str) for codes in both)
+    warps = 8 if widest > 128 or centred or looked_up else 4
     return Plan(block, tile, min(splits, -(-slots // tile)), warps)

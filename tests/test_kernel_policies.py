@@ -1,0 +1,84 @@
+"""Policies that name their kernels: the same attention, through the kernels where they are asked for."""
+
+import importlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memjax as mj
+from memjax.pallas_kernels.decode import decode
+from memjax.pallas_kernels.prefill import prefill
+
+attending = importlib.import_module("memjax.attention.attend")
+SPEC = mj.CacheSpec(2, 2, 32, 96, "float32", rope=mj.Rope(32, theta=100.0))
+LATENT = mj.CacheSpec(2, 1, 48, 96, "float32", rope=mj.Rope(16, theta=100.0, start=32), latent_dim=32)
+CASES = {
+    "rotated int4": ("int4(rotate=true)+protect(2,8)", SPEC),
+    "evicting": ("streaming(4,40)+int8+protect(4,8)", SPEC),
+    "on the host": ("int8+protect(2,8)+host(8,16)", SPEC),
+    "latent": ("int8+protect(2,8)", LATENT),
+}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels are interpreted; what ran is recorded."""
+    ran = []
+
+    def patched(name, function):
+        def call(*args, implementation, **kw):
+            ran.append((name, implementation))
+            if implementation != "pallas":
+                return function(*args, implementation=implementation, **kw)
+            return function(*args, implementation="tpu", interpret=True, **kw)
+
+        return call
+
+    monkeypatch.setattr(attending, "decode", patched("decode", decode))
+    monkeypatch.setattr(attending, "prefill", patched("prefill", prefill))
+    return ran
+
+
+def outputs(policy, spec):
+    """A ragged chunk of 40 tokens, and one token more."""
+    draw = np.random.default_rng(0).standard_normal
+    cache, found = policy.init(spec), []
+    for tokens, lengths in ((40, [40, 25]), (1, None)):
+        q, k, v = (jnp.asarray(draw((2, tokens, n, spec.head_dim)), jnp.float32) for n in (4, spec.kv_heads, spec.kv_heads))
+        lengths = None if lengths is None else jnp.array(lengths)
+        cache = policy.update(cache, k, None if spec.latent_dim else v, lengths)
+        out, cache = policy.attend(cache, q)
+        real = jnp.arange(tokens) < (tokens if lengths is None else lengths[:, None])
+        found.append(jnp.where(real[..., None, None], out, 0))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_read_what_xla_reads(case, interpreted):
+    text, spec = CASES[case]
+    expected = outputs(mj.policy(text + "+kernels(xla)"), spec)
+    assert {implementation for _, implementation in interpreted} == {"xla"}
+    interpreted.clear()
+    found = outputs(mj.policy(text + "+kernels(pallas)"), spec)
+    assert {("prefill", "pallas"), ("decode", "pallas")} <= set(interpreted)
+    for x, reference in zip(found, expected, strict=True):
+        assert np.linalg.norm(x - reference) / np.linalg.norm(reference) < 5e-3
+
+
+def test_what_cannot_be_served_says_so():
+    policy = mj.policy("int8+protect(0,0)+kernels(pallas)")
+    q = jnp.zeros((2, 1, 4, 32))
+    cache = policy.update(policy.init(SPEC), q[:, :, :2], q[:, :, :2])
+    with pytest.raises(ValueError, match="there is no Pallas kernel for cpu"):
+        policy.attend(cache, q)
+
+
+def test_kernels_are_an_axis_of_their_own():
+    assert str(mj.chain(mj.int4(), mj.kernels("pallas"))) == "int4+kernels(pallas)"
+    assert mj.policy("kernels(xla)+int8") == mj.chain(mj.int8(), mj.kernels("xla"))
+    with pytest.raises(ValueError, match="kernels must be one of pallas, xla, got 'cuda'"):
+        mj.kernels("cuda")
+    with pytest.raises(ValueError, match="both decide kernels"):
+        mj.chain(mj.kernels("pallas"), mj.kernels("xla"))
+    assert mj.predict_nbytes(mj.policy("int8+kernels(xla)"), SPEC) == mj.predict_nbytes(mj.int8(), SPEC)
