@@ -89,7 +89,7 @@ def peers() -> dict[str, list[Case]]:
             both = {"keys": name, "values": name, "page": page}
             found[f"ragged_paged_attention {name}, page {page}"] = [
                 Case(op="ragged_paged_attention", slots_per_step=block, tokens=queries, **both)
-                for block, queries in ((1024, 1), (2048, 1), (1024, 4))
+                for block, queries in ((1024, 1), (2048, 1))
             ]
     return found
 
@@ -246,9 +246,9 @@ def report(found: dict) -> str:
         "",
         f"Bandwidth (published) and clock (derived from published peaks) per core: {clocks}.",
         "",
-        "JAX's kernels are those of `jax.experimental.pallas.ops.tpu`, as shipped, with the best of three block sizes. Its "
-        "int8 `paged_attention` reads a scale per channel, which it makes from one per token before each call (temporaries of "
-        "several GB here, not counted); `ragged_paged_attention` has one scale for the whole cache. memjax's have one per "
+        "JAX's kernels are those of `jax.experimental.pallas.ops.tpu`, as shipped, with the best of two or three block sizes. "
+        "Its int8 `paged_attention` reads a scale per channel, which it makes from one per token before each call "
+        "(temporaries of several GB here, not counted); `ragged_paged_attention` has one scale for the whole cache. memjax's have one per "
         "token.",
         "",
         *table(rows),

@@ -57,7 +57,7 @@ def test_compare_prints_and_saves_a_row_per_policy(monkeypatch, capsys, tmp_path
         (["compare", "--text-file", "nowhere.txt", "--policy", "dense"], "no text file at nowhere.txt"),
         (["compare", "--text-file", "x", "--policy", "dense", "--json", "no/where.json"], "no folder"),
         (["compare", "--text-file", "x", "--policy", "dense", "--chunk", "0"], "chunk >= 1"),
-        (["compare", "--text-file", "x", "--policy", "dense", "--protect-layers", "-1"], "count to be an integer of at least 0"),
+        (["compare", "--text-file", "x", "--policy", "dense", "--protect-layers", "-1"], "integer of at least 0"),
     ],
 )
 def test_bad_input_ends_in_one_line(monkeypatch, capsys, tmp_path, arguments, message):

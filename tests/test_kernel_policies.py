@@ -54,7 +54,7 @@ def outputs(policy, spec):
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["rotated int4", *(pytest.param(case, marks=pytest.mark.slow) for case in list(CASES)[1:])])
 def test_kernels_read_what_xla_reads(case, interpreted):
     text, spec = CASES[case]
     expected = outputs(mj.policy(text + "+kernels(xla)"), spec)
