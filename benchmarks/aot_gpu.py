@@ -28,6 +28,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 TIMEOUT = 900  # seconds for one child
+SPILLS_FAIL = "--xla_gpu_fail_ptx_compilation_on_register_spilling=true"  # also where the machine code cannot be read
 ELF = b"\x7fELF"
 
 
@@ -210,7 +211,7 @@ def compile_all(
     kind: str, cases: Sequence[dict], build: str = "kernel_cases:build", python: str = sys.executable
 ) -> list[dict]:
     """Compiles cases for one kind of GPU in a child; a child that dies leaves an error for the rest."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": SPILLS_FAIL, "TF_CPP_MIN_LOG_LEVEL": "3"}
     requests = "".join(json.dumps([kind, fields, build]) + "\n" for fields in cases)
     command = [python, "-W", "ignore", "-c", "import aot_gpu; aot_gpu.serve()"]
     done = subprocess.run(

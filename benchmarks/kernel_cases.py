@@ -24,19 +24,23 @@ MODELS: dict[str, dict] = {
     "dim 96": {"kv_heads": 8, "groups": 4, "head_dim": 96},
     "dim 256": {"kv_heads": 8, "groups": 4, "head_dim": 256},
 }
-TABLE = tuple(range(-120, 120, 15))  # any 16 levels
+TABLE, TABLE8 = tuple(range(-120, 120, 15)), tuple(range(-120, 120, 30))  # any 16, any 8 levels
 ROPE_PAIRS = 64
-V4_LACKS = ("int2", "e4m3", "int4 table")
+V4_LACKS = ("int2", "e4m3", "int4 table", "int3 table")
 
 
 @dataclass(frozen=True)
 class Coding:
-    """``Codes`` without its arrays: scales per slot, or per ``tile`` of (channels, slots); ``zero``: with zero points."""
+    """``Codes`` without its arrays: scales per slot, or per ``tile`` of (channels, slots); ``zero``: with zero points.
+
+    ``gain``: with gains, "slot" or per tile of (channels, slots).
+    """
 
     fmt: str
     grid: str | tuple[int, ...] = "uniform"
     tile: tuple[int, int] | None = None
     zero: bool = False
+    gain: str | tuple[int, int] | None = None
 
 
 CODINGS = {
@@ -44,13 +48,20 @@ CODINGS = {
     "e4m3": Coding("e4m3"),
     "int8": Coding("int8"),
     "int4": Coding("int4"),
+    "int3": Coding("int3"),
     "int2": Coding("int2"),
     "int4 cubic": Coding("int4", "cubic"),
+    "int3 cubic": Coding("int3", "cubic"),
     "int2 cubic": Coding("int2", "cubic"),
     "int4 table": Coding("int4", TABLE),
+    "int3 table": Coding("int3", TABLE8),
     "int2 by 32 slots": Coding("int2", tile=(1, 32), zero=True),  # KIVI's keys
     "int2 by 128 slots": Coding("int2", tile=(1, 128), zero=True),
     "int2 by 32 channels": Coding("int2", tile=(32, 1), zero=True),  # KIVI's values
+    "int2 by 128 slots, gain by slot": Coding("int2", tile=(1, 128), zero=True, gain="slot"),  # KVarN's keys
+    "int2, gain by 128 slots": Coding("int2", zero=True, gain=(1, 128)),  # KVarN's values
+    "int4 by 128 slots, gain by slot": Coding("int4", tile=(1, 128), zero=True, gain="slot"),
+    "int4, gain by 128 slots": Coding("int4", zero=True, gain=(1, 128)),
 }
 
 
@@ -140,11 +151,14 @@ def codes(coding: Coding, lead: tuple[int, ...], dim: int, slots: int):
     from memjax.pallas_kernels.codes import SCALE_DTYPE, Codes, zeros
 
     plain = jax.eval_shape(lambda: zeros(coding.fmt, (*lead, dim, slots), jnp.bfloat16))
-    scale = plain.scale
-    if coding.tile is not None:
-        channels, run = coding.tile
-        scale = jax.ShapeDtypeStruct((*lead, dim // channels, slots // run), SCALE_DTYPE)
-    return Codes(plain.data, scale, coding.fmt, scale if coding.zero else None, coding.grid)
+
+    def factor(tile):
+        channels, run = tile
+        return jax.ShapeDtypeStruct((*lead, dim // channels, slots // run), SCALE_DTYPE)
+
+    scale = plain.scale if coding.tile is None else factor(coding.tile)
+    gain = plain.scale if coding.gain == "slot" else None if coding.gain is None else factor(coding.gain)
+    return Codes(plain.data, scale, coding.fmt, scale if coding.zero else None, coding.grid, gain)
 
 
 def _shape(case: Case) -> tuple[dict, tuple[int, int], int]:
@@ -353,9 +367,16 @@ def _ragged_paged_attention(case: Case) -> Program:
 def decode_cases() -> list[Case]:
     """Every model, coding and feature of the decode kernel at least once."""
     found = [Case(model=model) for model in MODELS if model != "deepseek-v3"]
-    found += [Case(keys=name, values=name) for name in CODINGS if "by" not in name and name != "int8"]
+    found += [Case(keys=name, values=name) for name in CODINGS if " by " not in name and name != "int8"]
     found += [Case(keys="int4", values="int2"), Case(keys="int8", values="int4"), Case(keys="int8", values="int2")]
     found += [Case(keys=f"int2 by {run} slots", values="int2 by 32 channels") for run in (32, 128)]
+    found += [
+        Case(keys=f"{name} by 128 slots, gain by slot", values=f"{name}, gain by 128 slots", page=page)
+        for name in ("int4", "int2")
+        for page in (None, 256)
+    ]
+    found += [Case(keys="int3", values="int2"), Case(keys="int3", values="int3", page=256)]
+    found += [Case(model="dim 64", keys="int3", values="int3")]
     found += [Case(keys="int4", values="int4", page=page) for page in (128, 256, 512)]
     found += [Case(page=256), Case(keys="bf16", values="bf16", page=256)]
     models = ("smollm2-135m", "gemma-3-4b", "dim 64", "dim 80")
@@ -368,13 +389,14 @@ def decode_cases() -> list[Case]:
 def other_cases() -> list[Case]:
     """The other operations."""
     latent = {"op": "mla_decode", "model": "deepseek-v3", "values": None}
-    found = [Case(keys=keys, **latent) for keys in ("bf16", "e4m3", "int8", "int4")]
+    found = [Case(keys=keys, **latent) for keys in ("bf16", "e4m3", "int8", "int4", "int3")]
     found += [Case(keys="int8", page=256, **latent)]
     chunk = {"op": "prefill", "batch": 2, "tokens": 1024}
-    found += [Case(keys=keys, values=keys, **chunk) for keys in ("bf16", "int8", "int4")]
+    found += [Case(keys=keys, values=keys, **chunk) for keys in ("bf16", "int8", "int4", "int3")]
+    found += [Case(keys="int2 by 128 slots, gain by slot", values="int2, gain by 128 slots", **chunk)]
     found += [Case(keys="int4", values="int4", page=256, **chunk)]
     found += [Case(model=model, keys="bf16", values="bf16", **chunk) for model in ("smollm2-135m", "gemma-3-4b")]
-    for keys in ("bf16", "int8", "int4"):
+    for keys in ("bf16", "int8", "int4", "int3"):
         found += [Case(op="append", keys=keys, values=keys, tokens=tokens) for tokens in (1, 256)]
     return found
 
@@ -389,7 +411,7 @@ def refused_cases(tpu: str) -> list[tuple[Case, str]]:
     found = [(Case(page=page), "128 lanes") for page in (16, 32, 64)]
     found += [(Case(array=True, centre=True), "consecutive positions")]
     if tpu == "v4":
-        found += [(Case(keys=name, values=name), "TPU v4") for name in ("int2", "e4m3", "int4 table")]
+        found += [(Case(keys=name, values=name), "TPU v4") for name in ("int2", "e4m3", "int4 table", "int3 table")]
     return found
 
 

@@ -59,13 +59,17 @@ PEERS_FOR = ("v5e", "v6e", "7x")
 
 def variants() -> dict[str, Case]:
     """memjax's rows, by label."""
-    found = {name: Case(keys=name, values=name) for name in ("bf16", "e4m3", "int8", "int4", "int2")}
+    found = {name: Case(keys=name, values=name) for name in ("bf16", "e4m3", "int8", "int4", "int3", "int2")}
     found["int8 / int4"] = Case(keys="int8", values="int4")
     found["int4 / int2"] = Case(keys="int4", values="int2")
     found |= {name: Case(keys=name, values=name) for name in ("int4 cubic", "int4 table")}
     found["int4, centred"] = Case(keys="int4", values="int4", centre=True)
     for run in (32, 128):
         found[f"KIVI 2 bit, {run}"] = Case(keys=f"int2 by {run} slots", values="int2 by 32 channels")
+    for bits in (2, 4):
+        found[f"KVarN {bits} bit"] = Case(
+            keys=f"int{bits} by 128 slots, gain by slot", values=f"int{bits}, gain by 128 slots"
+        )
     for page in (128, 256, 512):
         found |= {f"{name}, page {page}": Case(keys=name, values=name, page=page) for name in ("bf16", "int8", "int4")}
     for dim in (64, 256):

@@ -1,4 +1,4 @@
-"""The command line: ``memjax generate``, ``memjax compare``, ``memjax demo``."""
+"""The command line: ``memjax generate``, ``memjax compare``, ``memjax eval``, ``memjax calibrate``, ``memjax demo``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 _POLICY_HELP = "How the cache is made small, such as 'dense', 'int4(rotate=true)' or 'streaming(4,1020)+int8+host(256)'."
 _MODEL_HELP = "smollm2-135m, a GGUF file, a checkpoint folder, or a hub id owner/name."
 Model = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP)]
+_PLOTS = (".png", ".pdf", ".svg")
 notes = Console(stderr=True)
 
 
@@ -153,9 +154,7 @@ def compare(
     policies = [mj.protect_layers(mj.policy(text), protect_layers) for text in policy]
     setup = Setup(chunk=chunk, cache_dtype=cache_dtype, decode_tokens=decode_tokens, static=static)
     key = Passkey(depth=passkey_depth) if passkey else None
-    for target in (json_file, plot_file):
-        if target is not None and not target.absolute().parent.is_dir():
-            raise FileNotFoundError(f"no folder {target.absolute().parent} to write {target.name} into")
+    _check_targets(json_file, plot_file)
     text = _read_text(text_file)
     rows = _compare(_load(model), text, tokens, policies, setup, key)
     _report(rows, json_file, plot_file)
@@ -174,17 +173,88 @@ def _compare(lm, text: str, tokens: int, policies: list, setup, key) -> list[dic
         return run(lm, ids, policies, setup, key, lambda done: progress.update(task, advance=1, description=done))
 
 
+def _check_targets(json_file: Path | None, plot_file: Path | None) -> None:
+    """What could not be written is found before anything is computed."""
+    for target in (json_file, plot_file):
+        if target is not None and not target.absolute().parent.is_dir():
+            raise FileNotFoundError(f"no folder {target.absolute().parent} to write {target.name} into")
+        if target is not None and target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder, give the name of a file")
+    if plot_file is not None and plot_file.suffix not in _PLOTS:
+        raise ValueError(f"a plot's file name ends in {', '.join(_PLOTS)}, got {plot_file.name}")
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=170)
+
+
 def _report(rows: list[dict], json_file: Path | None, plot_file: Path | None) -> None:
     from memjax.evaluate.report import plot, save_json, table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=170)
-    console.print(table(rows))
+    _console().print(table(rows))
     if json_file is not None:
         save_json(rows, json_file)
     if plot_file is not None:
         plot(rows, plot_file)
+
+
+@app.command("eval")
+def evaluate(
+    suite: Annotated[str, typer.Option(help="What to run: kv, the codecs of a cache over a novel and a code file.")] = "kv",
+    model: Model = "smollm2-135m",
+    policy: Annotated[list[str] | None, typer.Option("--policy", "--kv", help=_POLICY_HELP + " Default: the suite's.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to read from each text's beginning.")] = 1024,
+    setting: Annotated[str, typer.Option(help="static (the papers'), accumulated (as in use) or both.")] = "both",
+    retrieval: Annotated[bool, typer.Option(help="Ask for pass keys that were hidden at several depths.")] = True,
+    retrieval_tokens: Annotated[int, typer.Option(help="Length of the text that hides them.")] = 4000,
+    sample: Annotated[int, typer.Option(help="Generate so many tokens after each text; 0: none.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all results here.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write the Pareto plot here (png, pdf, svg).")] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens read at a time.")] = 128,
+    cache_dtype: Annotated[str, typer.Option(help="Dtype of what is not quantized.")] = "bfloat16",
+) -> None:
+    """Run a suite: quality with intervals beside realised bytes, pass keys, and samples, for each policy."""
+    from memjax.evaluate.report import evaluation_tables, pareto_plot, save_json
+    from memjax.evaluate.suite import Evaluation
+    from memjax.evaluate.suite import evaluate as run
+
+    _check_targets(json_file, plot_file)
+    if retrieval and retrieval_tokens < 1:
+        raise ValueError(f"--retrieval-tokens must be at least 1, got {retrieval_tokens}; --no-retrieval leaves it out")
+    wanted = Evaluation(
+        suite, tuple(policy or ()), tokens, setting, retrieval_tokens if retrieval else 0, sample, chunk, cache_dtype
+    )
+    lm = _load(model)
+    with _bars() as progress:
+        task = progress.add_task("compiling", total=wanted.steps())
+        result = run(lm, wanted, lambda done: progress.update(task, advance=1, description=done))
+    for table in evaluation_tables(result):
+        _console().print(table)
+    if json_file is not None:
+        save_json(result, json_file)
+    if plot_file is not None:
+        pareto_plot(result, plot_file)
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="The calibration file to write (safetensors).")],
+    text_file: Annotated[list[Path], typer.Option(help="A text to read. May be repeated: several kinds serve better.")],
+    model: Model = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(help="Tokens to read from each text's beginning.")] = 2048,
+) -> None:
+    """Measure a model's keys, queries and values once, for policies such as 'turboquant(4,4,calibration=FILE)'."""
+    from memjax.evaluate.calibrate import calibrate as run
+
+    _check_targets(out, None)
+    texts = [_read_text(path) for path in text_file]
+    lm = _load(model)
+    with _bars() as progress:
+        task = progress.add_task("reading", total=lm.config.layers)
+        ids = [lm.tokenizer.encode(text)[:tokens] for text in texts]
+        run(lm, ids, out, progress=lambda done: progress.update(task, advance=1, description=done))
+    Console().print(f"Wrote {out} ({sum(map(len, ids))} tokens, model {lm.fingerprint}).")
 
 
 DEMO_POLICIES = ("dense", "int8", "int4", "int4(rotate=true)", "streaming(4,508)", "streaming(4,508)+int4(rotate=true)")
@@ -207,7 +277,7 @@ def demo(
     rows = _compare(lm, text, tokens, policies, Setup(), key)
     _report(rows, out / "compare.json", out / "compare.png")
     chosen = "int4(rotate=true)"
-    ids = key.hide(lm.tokenizer, lm.tokenizer.encode(text)[: tokens]) + key.question_tokens(lm.tokenizer)
+    ids = key.hide(lm.tokenizer, lm.tokenizer.encode(text)[:tokens]) + key.question_tokens(lm.tokenizer)
     answer = mj.generate(lm, ids, policy=chosen, max_new_tokens=12, cache_dtype="bfloat16")[0]
     console = Console()
     console.print(f"\nAsked for the pass key ({key.key}) at the end of the text, the model answers from the {chosen} cache:")

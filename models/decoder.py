@@ -60,16 +60,20 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], cache: LayerCache | None, lengths: Int[Array, "B"] | None, compress_first: bool
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         batch, tokens, _ = x.shape
-        q, k, v = (project(x).reshape(batch, tokens, -1, self.head_dim) for project in (self.q, self.k, self.v))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(x)
         if cache is None:
             out = self._own_tokens(q, k, v)
         else:
-            cache = update(cache, k, v, lengths)
+            projection = self.out.kernel[...].reshape(q.shape[2], self.head_dim, -1)
+            cache = update(cache, k, v, lengths, queries=q, output_projection=projection)
             cache = commit(cache) if compress_first else cache
             out, cache = attend(cache, q), commit(cache)
         return self.out(out.reshape(batch, tokens, -1)), cache
+
+    def project(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], not rotated yet."""
+        q, k, v = (linear(x).reshape(*x.shape[:2], -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)
 
     def _own_tokens(self, q: Array, k: Array, v: Array) -> Array:
         batch, tokens, heads, dim = q.shape

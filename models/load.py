@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
-from memjax.cache.policy import ModelCache, Policy
+from memjax.cache.policy import ModelCache, Policy, check_calibration
 from memjax.models.checkpoint import is_saved_model, restore_model
 from memjax.models.config import ModelConfig
 from memjax.models.decoder import Decoder, load_decoder
@@ -47,12 +49,19 @@ class LanguageModel:
     def config(self) -> ModelConfig:
         return self.decoder.config
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells models apart: a hash of the configuration and of the first layer's key projection."""
+        kernel = np.asarray(self.decoder.layers[0].attention.k.kernel[...].astype(jnp.bfloat16), np.float32)
+        return hashlib.sha256(repr(self.config).encode() + kernel.tobytes()).hexdigest()[:16]
+
     def init_cache(self, policy: Policy, batch: int, capacity: int, dtype: str | None = None) -> ModelCache:
         """An empty cache for every layer; ``dtype`` None: the dtype of the weights.
 
         Raises:
-          ValueError: the policy cannot serve the model.
+          ValueError: the policy cannot serve the model, or has a calibration file of another one.
         """
+        check_calibration(policy, self.config.layers, self.fingerprint)
         return policy.init(self.decoder.cache_specs(batch, capacity, dtype))
 
 

@@ -1,6 +1,6 @@
 """The one form in which kernels read vectors: packed codes, channel by channel, with scales.
 
-    x[..., h, s] ~ scale * level(code[..., h, s]) + zero
+    x[..., h, s] ~ gain * (scale * level(code[..., h, s]) + zero)
 
 =======  ============================  =====  ======================  ===========================
 format   storage, [..., C, S]          C      codes                   levels of the uniform grid
@@ -8,6 +8,7 @@ format   storage, [..., C, S]          C      codes                   levels of 
 dense    any float dtype, no scale     H                              the value
 int8     int8                          H      -127 .. 127             the code
 int4     uint8, two codes per byte     H / 2  -8 .. 7                 2 code + 1: -15, -13 .. 15
+int3     uint8, int2 and a bit plane   3H/8   -4 .. 3                 2 code + 1: -7, -5 .. 7
 int2     uint8, four codes per byte    H / 4  -2 .. 1                 2 code + 1: -3, -1, 1, 3
 e4m3     float8_e4m3fn                 H      the float8 value        the value
 e5m2     float8_e5m2                   H      the float8 value        the value
@@ -15,19 +16,26 @@ e5m2     float8_e5m2                   H      the float8 value        the value
 
 **Slots lie along the last axis, channels before it.** On a TPU the last axis fills the 128 lanes: slots always do, while
 64, 80 or 96 channels would be padded to 128 in memory; scales, positions and masks, one per slot, lie along the same lanes;
-a token owns whole bytes, so that writing one never touches the bits of another. A GPU reads runs of slots as well.
+a token owns whole bytes, so that writing one never touches the bits of another. A GPU reads runs of slots as well. Where C is
+no multiple of 8 (int3 of 96 channels, int2 of 80) XLA copies the codes before a TPU kernel reads them.
 
 **Packing** is bit-planar over the channels: byte r of a slot holds channels r, r + C, r + 2C .. from its low bits up, each
 in two's complement. Planes come apart with two shifts; where hardware unpacks neighbours instead (a TPU: rows r n .. r n +
 n - 1), the order of channels changes and the *query* is put into that order (``interleave``), once per step.
 
-**Scales** (and zero points alike): one per slot, [..., S]; or one per tile of channels and slots, [..., H / a, S / b], of
-which KIVI's key scales (a = 1, b = 32) and groups along the head (b = 1) are cases. Scales are bfloat16 unless a codec
-needs more.
+**int3** is two such arrays of rows, code = 2 c + b: H / 4 rows hold c, the sign and the next bit, packed as int2 is; below
+them H / 8 rows hold b, eight to a byte. The sign is in the first part so that codes are nested: the first rows with twice the
+scale *are* an int2 code of the same vectors (``Codes.coarse``; 2 (2 c + 1) is the middle of the two levels that c has), which
+every kernel reads already; one bit of sign alone would make too coarse a first pass. And moved within their bytes the parts
+fill nibbles 2 (2 c + b) in the channel order of int4: a TPU unpacks them as such, with no sign to extend.
+
+**Scales** (zero points and gains alike): one per slot, [..., S]; or one per tile of channels and slots, [..., H / a, S / b],
+of which KIVI's key scales (a = 1, b = 32) and groups along the head (b = 1) are cases. Gains are for codecs that scale along
+both axes of a tile, such as KVarN. Scales are bfloat16 unless a codec needs more.
 
 **Grids**: ``uniform`` as above; ``cubic``, x (a + b x^2) with x = code + 1/2, which follows the Lloyd-Max levels of a
-Gaussian (mean squared error + 0.0 % at 2 bits, + 2.0 % at 4) and costs two multiplications where a table costs a look-up;
-or a table of 2^bits integers in -127 .. 127, in the order of the codes.
+Gaussian (mean squared error + 0.0 % at 2 bits, + 0.2 % at 3, + 2.0 % at 4) and costs two multiplications where a table costs
+a look-up; or a table of 2^bits integers in -127 .. 127, in the order of the codes.
 """
 
 from __future__ import annotations
@@ -41,17 +49,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 SCALE_DTYPE = jnp.bfloat16
-_STORAGE = {"int8": jnp.int8, "int4": jnp.uint8, "int2": jnp.uint8, "e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
+PACKED = ("int4", "int3", "int2")  # several codes per byte, grids to choose from
+_STORAGE = dict.fromkeys(PACKED, jnp.uint8) | {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 FORMATS = ("dense", *_STORAGE)
-BITS = {"int8": 8, "int4": 4, "int2": 2, "e4m3": 8, "e5m2": 8}
-_LARGEST_LEVEL = {"int8": 127.0, "int4": 15.0, "int2": 3.0, "e4m3": 448.0, "e5m2": 57344.0}
-CUBIC = {"int4": (0.240507, 0.002098), "int2": (0.892887, 0.050693)}
+BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "e4m3": 8, "e5m2": 8}
+_LARGEST_LEVEL = {"int8": 127.0, "int4": 15.0, "int3": 7.0, "int2": 3.0, "e4m3": 448.0, "e5m2": 57344.0}
+CUBIC = {"int4": (0.240507, 0.002098), "int3": (0.471455, 0.011585), "int2": (0.892887, 0.050693)}
 
 Grid = str | tuple[int, ...]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["data", "scale", "zero"], meta_fields=["fmt", "grid"]
+    jax.tree_util.register_dataclass, data_fields=["data", "scale", "zero", "gain"], meta_fields=["fmt", "grid"]
 )
 @dataclass(frozen=True)
 class Codes:
@@ -62,11 +71,13 @@ class Codes:
     fmt: str
     zero: Array | None = None
     grid: Grid = "uniform"
+    gain: Array | None = None
 
     @property
     def dim(self) -> int:
         """Channels per vector, H."""
-        return self.data.shape[-2] * planes(self.fmt)
+        rows = self.data.shape[-2]
+        return 8 * rows // BITS[self.fmt] if self.fmt in PACKED else rows
 
     @property
     def slots(self) -> int:
@@ -75,12 +86,22 @@ class Codes:
 
     @property
     def per_slot(self) -> bool:
-        """Whether scale and zero point, if any, are one per slot, so that they can multiply scores and probabilities."""
-        return all(x is None or x.ndim == self.data.ndim - 1 for x in (self.scale, self.zero))
+        """Whether all factors are one per slot, so that they can multiply scores and probabilities."""
+        return not any(self.tiled(x) for x in (self.scale, self.zero, self.gain))
+
+    def tiled(self, factor: Array | None) -> bool:
+        """Whether a factor is given per tile of channels and slots rather than per slot, if at all."""
+        return factor is not None and factor.ndim == self.data.ndim
+
+    def coarse(self) -> Codes:
+        """Uniform int3 codes without their last bit: the first two thirds of the bytes, as int2 codes."""
+        if self.fmt != "int3" or self.grid != "uniform":
+            raise ValueError(f"only uniform int3 codes have a coarse part, not {self.fmt} with grid {self.grid}")
+        return Codes(split_int3(self.data)[0], 2 * self.scale, "int2", self.zero, gain=self.gain)
 
     def levels(self, dtype: DTypeLike) -> Float[Array, "... H S"]:
         """The unscaled levels in ``dtype`` (bfloat16 and wider hold the integer ones exactly)."""
-        if self.fmt not in ("int4", "int2"):
+        if self.fmt not in PACKED:
             return self.data.astype(dtype)
         codes = unpack(self.data, self.fmt)
         if self.grid == "uniform":
@@ -97,10 +118,12 @@ class Codes:
             x = x * self.spread(self.scale)
         if self.zero is not None:
             x = x + self.spread(self.zero)
+        if self.gain is not None:
+            x = x * self.spread(self.gain)
         return x.astype(dtype)
 
     def spread(self, factor: Array) -> Float[Array, "... H|1 S"]:
-        """A scale or zero point in float32, broadcast against the vectors."""
+        """A scale, zero point or gain in float32, broadcast against the vectors."""
         factor = factor.astype(jnp.float32)
         if factor.ndim < self.data.ndim:
             return factor[..., None, :]
@@ -110,8 +133,13 @@ class Codes:
 
 
 def planes(fmt: str) -> int:
-    """Codes per byte."""
-    return 8 // BITS[fmt] if fmt in ("int4", "int2") else 1
+    """Codes per byte; for int3 in the rows that come first."""
+    return {"int4": 2, "int3": 4, "int2": 4}.get(fmt, 1)
+
+
+def neighbours(fmt: str) -> int:
+    """Codes that a TPU unpacks from one byte into neighbouring rows."""
+    return 2 if fmt == "int3" else planes(fmt)
 
 
 def cubic(x: Array, fmt: str) -> Array:
@@ -122,31 +150,50 @@ def cubic(x: Array, fmt: str) -> Array:
 
 def pack(codes: Int[Array, "... H S"], fmt: str) -> Array:
     """Signed codes as stored bytes [..., C, S]."""
-    count, bits = planes(fmt), BITS[fmt]
-    if count == 1:
+    if fmt not in PACKED:
         return codes.astype(_STORAGE[fmt])
-    parts = jnp.split(codes.astype(jnp.int8).astype(jnp.uint8) & (2**bits - 1), count, axis=-2)
+    codes = codes.astype(jnp.int8)
+    if fmt == "int3":
+        return jnp.concatenate([_pack_fields(codes >> 1, 2), _pack_fields(codes, 1)], axis=-2)
+    return _pack_fields(codes, BITS[fmt])
+
+
+def _pack_fields(codes: Array, bits: int) -> Array:
+    parts = jnp.split(codes.astype(jnp.uint8) & (2**bits - 1), 8 // bits, axis=-2)
     return functools.reduce(jnp.bitwise_or, [part << (bits * j) for j, part in enumerate(parts)])
 
 
 def unpack(data: Array, fmt: str) -> Int[Array, "... H S"]:
     """Inverts ``pack``: int8 codes."""
-    bits = BITS[fmt]
-    if planes(fmt) == 1:
+    if fmt not in PACKED:
         return data
+    if fmt == "int3":
+        high, low = split_int3(data)
+        return 2 * unpack(high, "int2") - _unpack_fields(low, 1)
+    return _unpack_fields(data, BITS[fmt])
+
+
+def _unpack_fields(data: Array, bits: int) -> Array:
+    """Fields of bytes from the low bits up as int8, in two's complement (a single bit: 0 or -1)."""
     bytes_ = jax.lax.bitcast_convert_type(data, jnp.int8)
-    return jnp.concatenate([(bytes_ << (8 - bits * (j + 1))) >> (8 - bits) for j in range(planes(fmt))], axis=-2)
+    return jnp.concatenate([(bytes_ << (8 - bits * (j + 1))) >> (8 - bits) for j in range(8 // bits)], axis=-2)
+
+
+def split_int3(data: Array) -> tuple[Array, Array]:
+    """The rows of two-bit fields [..., H / 4, S] and of single bits [..., H / 8, S]."""
+    rows = data.shape[-2] // 3
+    return data[..., : 2 * rows, :], data[..., 2 * rows :, :]
 
 
 def interleave(x: Array, fmt: str) -> Array:
-    """Rows' channels (last axis) in the order in which neighbours are unpacked from one byte: 0, C, 2C, .., 1, 1 + C, .."""
-    count = planes(fmt)
+    """Rows' channels (last axis) in the order in which n neighbours are unpacked from a byte: 0, H / n, 2 H / n, .., 1, .."""
+    count = neighbours(fmt)
     return x if count == 1 else jnp.swapaxes(x.reshape(*x.shape[:-1], count, -1), -1, -2).reshape(x.shape)
 
 
 def deinterleave(x: Array, fmt: str) -> Array:
     """Inverts ``interleave``."""
-    count = planes(fmt)
+    count = neighbours(fmt)
     return x if count == 1 else jnp.swapaxes(x.reshape(*x.shape[:-1], -1, count), -1, -2).reshape(x.shape)
 
 
@@ -171,6 +218,10 @@ def packed_dim(fmt: str, dim: int) -> int:
     Raises:
       ValueError: the format cannot hold vectors of this length.
     """
+    if fmt == "int3":
+        if dim % 8:
+            raise ValueError(f"int3 packs 8 values into 3 bytes and needs a multiple of 8 channels, got {dim}")
+        return 3 * dim // 8
     count = planes(fmt)
     if dim % count:
         raise ValueError(f"{fmt} packs {count} values per byte and needs a multiple of {count} channels, got {dim}")
@@ -214,7 +265,7 @@ def _to_grid(ratio: Array, fmt: str) -> Array:
     ratio = jnp.clip(ratio, -largest, largest)
     if fmt == "int8":
         return jnp.round(ratio).astype(jnp.int8)
-    if fmt in ("int4", "int2"):
+    if fmt in PACKED:
         half = 2 ** (BITS[fmt] - 1)
         return pack(jnp.clip(jnp.round((ratio - 1) / 2), -half, half - 1), fmt)
     return ratio.astype(_STORAGE[fmt])

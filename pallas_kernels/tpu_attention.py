@@ -27,6 +27,8 @@ from memjax.pallas_kernels.decode.reference import Centre
 from memjax.pallas_kernels.slots import Positions, Span, seen
 from memjax.pallas_kernels.tpu_operands import Operands, Plan, levels_of, scalars
 
+KINDS = ("scale", "zero", "gain")
+
 
 def attention_tpu(
     plan: Plan,
@@ -68,7 +70,8 @@ def attention_tpu(
     generation = generation or tpu_generation(target().kind)
     values = k if v is None else v
     codes = {"k": k} | ({} if v is None else {"v": v}) | ({} if k_extra is None else {"e": k_extra})
-    levels = {key: levels_of(each, generation, plan.rows) for key, each in codes.items()}
+    words = not isinstance(interpret, pltpu.InterpretParams)
+    levels = {key: levels_of(each, generation, plan.rows)._replace(words=words) for key, each in codes.items()}
     operands = Operands(plan)
     operands.add_query("k", q, k, levels["k"])
     if q_extra is not None:
@@ -174,7 +177,8 @@ def _body(
         if "centre" in inputs:
             turn = inputs["turns"][0, part.page]
             turned = inputs["centre"][0, h, 0] * turn[:1] + inputs["centre_crossed"][0, h, 0] * turn[1:]
-            found += tile.dot(turned, inputs["features"][:, part.lanes], (1, 0))
+            high, low = tile.halves(turned)
+            found += tile.dot(jnp.concatenate([high, high, low], axis=1), inputs["features"][:, part.lanes], (1, 0))
         found = tile.cap(found * scale, softcap)
         if "bias" in inputs:
             found += _row_of(inputs["bias"], h, part.base, part.size).astype(jnp.float32)
@@ -184,10 +188,13 @@ def _body(
         return found
 
     def values_of(h: int, part: Part, probs: Array, mask: Array, inside: Array) -> Array:
-        factors = (_factor(inputs, f"{value_name}{part.page}_{kind}", h, part.lanes) for kind in ("scale", "zero"))
-        codes = inputs[f"{value_name}{part.page}"][0, h, :, part.lanes]
-        valid = inside if ragged else None
-        return tile.weighted_values(probs, mask, codes, levels[value_name], *factors, valid=valid)
+        name, of = f"{value_name}{part.page}", levels[value_name]
+        found = tile.read_values(of.read(inputs[name], h, part.lanes), of, inside if ragged else None)
+        factors = tile.with_gain(*(_factor(inputs, f"{name}_{kind}", h, part.lanes) for kind in KINDS))
+        gain = _run_factor(inputs, name, "gain", h, part.lanes)
+        if gain is None:
+            return tile.weighted_values(probs, mask, found, of, *factors)
+        return tile.tiled_values(probs, mask, found, of, *factors, gain)
 
     def advance(state: tile.State, parts: list[Part]) -> tile.State:
         """Some slots of all heads: rows of heads and lanes of pages lie side by side, so that one softmax serves all."""
@@ -277,15 +284,21 @@ def _factor(inputs: dict, name: str, h: int, lanes: slice) -> Array | None:
     return ref[0, h : h + 1, lanes] if len(ref.shape) == 3 else ref[0, h, :, lanes]
 
 
+def _run_factor(inputs: dict, name: str, kind: str, h: int, lanes: slice) -> Array | None:
+    """Factors per channel [r, H] of the runs of slots in ``lanes``."""
+    ref = inputs.get(f"{name}_tiled_{kind}")
+    if ref is None:
+        return None
+    each = inputs[name].shape[-1] // ref.shape[3]
+    return ref[0, h, 0, lanes.start // each : lanes.stop // each]
+
+
 def _key_scores(inputs: dict, name: str, levels: tile.Levels, h: int, at: Part) -> Array:
-    p, lanes = at.page, at.lanes
-    side, block = inputs[f"{name}_side"][0, h, 0], inputs[f"{name}{p}"]
-    q, codes = tile.Query(inputs[f"{name}_query"][0, h, 0], side[:, :1], side[:, 1:]), block[0, h, :, lanes]
-    tiled = inputs.get(f"{name}{p}_tiled_scale")
-    if tiled is None:
-        factors = (_factor(inputs, f"{name}{p}_{kind}", h, lanes) for kind in ("scale", "zero"))
-        return tile.slot_scores(q, codes, levels, *factors)
-    each = block.shape[-1] // tiled.shape[2]
-    part = slice(lanes.start // each, lanes.stop // each)
-    zero = inputs.get(f"{name}{p}_tiled_zero")
-    return tile.tiled_scores(q, codes, levels, tiled[0, h, part], None if zero is None else zero[0, h, part])
+    page, lanes = f"{name}{at.page}", at.lanes
+    side = inputs[f"{name}_side"][0, h, 0]
+    q, codes = tile.Query(inputs[f"{name}_query"][0, h, 0], side[:, :1], side[:, 1:]), levels.read(inputs[page], h, lanes)
+    by_slot = tile.with_gain(*(_factor(inputs, f"{page}_{kind}", h, lanes) for kind in KINDS))
+    scale, zero, gain = (_run_factor(inputs, page, kind, h, lanes) for kind in KINDS)
+    if scale is None and gain is None:
+        return tile.slot_scores(q, codes, levels, *by_slot)
+    return tile.tiled_scores(q, codes, levels, gain if scale is None else scale, zero, *by_slot)

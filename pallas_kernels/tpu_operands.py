@@ -6,6 +6,7 @@ body share the scalars ``first, last [B * row blocks], start, count [B]`` and, w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxtyping import Array
 
 from memjax.pallas_kernels import tpu_tile as tile
 from memjax.pallas_kernels.choose import Target, tpu_generation
-from memjax.pallas_kernels.codes import Codes, interleave
+from memjax.pallas_kernels.codes import PACKED, Codes, interleave
 from memjax.pallas_kernels.slots import Positions, Span
 
 LANES = tile.LANES
@@ -34,11 +35,13 @@ def why_not(on: Target, arrays: dict) -> str | None:
             return f"{name} are {codes.data.dtype}; TPU kernels read bfloat16 or float32"
         if generation == "v4" and codes.fmt in ("int2", "e4m3", "e5m2"):
             return f"{name} are {codes.fmt}, a type that TPU v4 lacks"
+        if codes.fmt == "int3" and codes.dim % 32:
+            return f"{name} are int3 of {codes.dim} channels; the kernel unpacks words of 4 bytes: a multiple of 32"
         if generation == "v4" and not isinstance(codes.grid, str):
             return "TPU v4 has no gather of 8-bit lanes for tables"
         if not isinstance(codes.grid, str) and (max(codes.grid) > 127 or min(codes.grid) < -127):
             return f"a table must hold integers in -127 .. 127, got {codes.grid}"
-        refusal = _scale_refusal(codes, name, values=name == "values")
+        refusal = _factor_refusal(codes, name, values=name == "values" or (name == "keys" and v is None))
         if refusal:
             return refusal
     if arrays.get("table") is not None and k.slots % LANES:
@@ -48,16 +51,43 @@ def why_not(on: Target, arrays: dict) -> str | None:
     return None
 
 
-def _scale_refusal(codes: Codes, name: str, values: bool) -> str | None:
-    for factor in (codes.scale, codes.zero):
-        if factor is None or factor.ndim < codes.data.ndim:
-            continue
-        rows, slots = factor.shape[-2:]
-        if slots != codes.slots and (rows != codes.dim or values):
-            return f"{name} have scales [{rows}, {slots}] for [{codes.dim}, {codes.slots}] values: tiles over both axes"
-    if codes.zero is not None and (codes.scale is None or codes.zero.shape != codes.scale.shape):
+def _factor_refusal(codes: Codes, name: str, values: bool) -> str | None:
+    scale, zero, gain = codes.scale, codes.zero, codes.gain
+    for kind, factor in (("scales", scale), ("zero points", zero), ("gains", gain)):
+        if _runs(codes, factor) and (factor.shape[-2] != codes.dim or (values and kind != "gains")):
+            rows, slots = factor.shape[-2:]
+            return f"{name} have {kind} [{rows}, {slots}] for [{codes.dim}, {codes.slots}] values: tiles over both axes"
+    if zero is not None and (scale is None or zero.shape != scale.shape):
         return f"{name} have zero points of another shape than their scales"
+    if gain is None:
+        return None
+    if _runs(codes, gain) and scale is None:
+        return f"{name} have gains per channel but no scales"
+    if run_of(codes) == 1:
+        counts = {_rows(codes, factor) for factor in (scale, gain) if factor is not None} - {1}
+        return f"{name} have scales and gains of different groups of channels" if len(counts) > 1 else None
+    if _runs(codes, scale) and _runs(codes, gain):
+        return f"{name} have scales and gains per channel and tile of slots: multiply them"
+    if not values and max(_rows(codes, factor) for factor in (scale, gain)) > 1:
+        return f"{name} have factors per group of channels beside factors per channel and tile of slots"
     return None
+
+
+def _runs(codes: Codes, factor: Array | None) -> bool:
+    """Whether a factor is given per tile of several slots."""
+    return codes.tiled(factor) and factor.shape[-1] != codes.slots
+
+
+def run_of(codes: Codes | None) -> int:
+    """How many slots share the factors of a tile; 1 where every slot has its own."""
+    if codes is None:
+        return 1
+    return max([codes.slots // x.shape[-1] for x in (codes.scale, codes.zero, codes.gain) if _runs(codes, x)], default=1)
+
+
+def _rows(codes: Codes, factor: Array) -> int:
+    """Groups of channels of a factor per slot; 1 for one of tiles of slots."""
+    return factor.shape[-2] if codes.tiled(factor) and not _runs(codes, factor) else 1
 
 
 @dataclass(frozen=True)
@@ -74,6 +104,7 @@ class Plan:
       slots: slots of a row of the batch.
       paged: blocks are found through a table.
       scores: numbers, rows of all heads times slots, that are worked on together.
+      unit: slots are cut in multiples of this.
     """
 
     heads: int
@@ -86,6 +117,7 @@ class Plan:
     slots: int
     paged: bool
     scores: int = 2**17
+    unit: int = LANES
 
     @property
     def per_step(self) -> int:
@@ -95,8 +127,8 @@ class Plan:
     @property
     def chunk(self) -> int:
         """Slots whose scores are worked on together."""
-        lanes = self.scores // (self.heads * self.rows) // LANES * LANES
-        return min(self.per_step, max(LANES, lanes))
+        lanes = self.scores // (self.heads * self.rows) // self.unit * self.unit
+        return min(self.per_step, max(self.unit, lanes))
 
     def step(self, b, i, s, j, scalars):
         """The step that grid point (b, i, s, j) reads: held at the nearest one that is needed, which costs no copy."""
@@ -104,14 +136,19 @@ class Plan:
         return jnp.clip(s * self.steps + j, first, jnp.maximum(last - 1, first))
 
 
-def cut_slots(k: Codes, table: Array | None, most: int) -> tuple[int, int, int]:
+def unit_of(k: Codes, v: Codes | None) -> int:
+    """Multiples in which slots can be cut: whole rows of lanes and whole tiles of factors."""
+    return math.lcm(LANES, run_of(k), run_of(v))
+
+
+def cut_slots(k: Codes, table: Array | None, most: int, unit: int = LANES) -> tuple[int, int, int]:
     """(slots of a row, slots of a block, blocks of a step) for steps of at most about ``most`` slots."""
     if table is not None:
         pages = min(max(1, most // k.slots), table.shape[1])
         return k.slots * table.shape[1], k.slots, pages
-    size = min(max(most // LANES * LANES, LANES), k.slots)
+    size = min(max(most // unit * unit, unit), k.slots)
     if k.slots > size:  # a last tile that is nearly empty costs as much as a full one
-        size = -(-k.slots // -(-k.slots // size) // LANES) * LANES
+        size = -(-k.slots // -(-k.slots // size) // unit) * unit
     return k.slots, size, 1
 
 
@@ -119,9 +156,8 @@ def levels_of(codes: Codes, generation: str, rows: int) -> tile.Levels:
     """How a tile is multiplied: in bfloat16, but for float32 caches and for what a generation does better in int8."""
     if codes.fmt == "dense" and codes.data.dtype == jnp.float32:
         return tile.Levels(codes.fmt, codes.grid, jnp.dtype(jnp.float32))
-    integers = codes.fmt in ("int8", "int4", "int2") and codes.grid != "cubic"
-    tiled = not codes.per_slot and codes.scale.shape[-1] != codes.slots
-    limbs = generation in INTEGER_MATRIX_UNIT and rows <= MOST_LIMB_ROWS and integers and not tiled
+    integers = codes.fmt in ("int8", *PACKED) and codes.grid != "cubic"
+    limbs = generation in INTEGER_MATRIX_UNIT and rows <= MOST_LIMB_ROWS and integers and run_of(codes) == 1
     return tile.Levels(codes.fmt, codes.grid, jnp.dtype(jnp.int8 if limbs else jnp.bfloat16))
 
 
@@ -169,11 +205,11 @@ class Operands:
         self.add(name, array[:, :, None], block, lambda b, h, i, s, j, *r: (b, h if own else 0, 0, plan.step(b, i, s, j, r)))
 
     def add_codes(self, name: str, codes: Codes) -> None:
-        """Blocks of codes, scales and zero points; with a table one of each per page of a step."""
+        """Blocks of codes and their factors; with a table one of each per page of a step."""
         heads, size = self.plan.heads, self.plan.tile
         for p in range(self.plan.pages):
             self.add(f"{name}{p}", codes.data, (1, heads, codes.data.shape[-2], size), self._find(p, 1))
-            for kind, factor in (("scale", codes.scale), ("zero", codes.zero)):
+            for kind, factor in (("scale", codes.scale), ("zero", codes.zero), ("gain", codes.gain)):
                 if factor is None:
                     continue
                 if factor.ndim < codes.data.ndim and heads % 8 and heads < factor.shape[1]:
@@ -183,9 +219,9 @@ class Operands:
                 elif factor.shape[-1] == codes.slots:
                     self.add(f"{name}{p}_{kind}", factor, (1, heads, factor.shape[-2], size), self._find(p, 1))
                 else:
-                    turned = interleave(jnp.swapaxes(factor, -1, -2), codes.fmt).astype(jnp.float32)
-                    each = size * factor.shape[-1] // codes.slots
-                    self.add(f"{name}{p}_tiled_{kind}", turned, (1, heads, each, codes.dim), self._find(p, 1, swap=True))
+                    blocks = _factor_blocks(codes, factor, size)
+                    block = (1, heads, 1, *blocks.shape[3:])
+                    self.add(f"{name}{p}_tiled_{kind}", blocks, block, self._find(p, 2, swap=True))
 
     def _find(self, p: int, trailing: int, swap: bool = False):
         """Index map of page ``p`` of a step for a block with ``trailing`` axes before its slots (behind them: swap)."""
@@ -218,15 +254,26 @@ class Operands:
         block = (1, plan.pages, *turns.shape[2:])
         self.add("turns", turns, block, lambda b, h, i, s, j, *r: (b, plan.step(b, i, s, j, r), 0, 0))
         angles = frequency[:, None] * jnp.arange(plan.tile, dtype=jnp.float32)
-        features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
+        high, low = tile.halves(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]))
+        features = jnp.concatenate([high, low, high])
         self.add("features", features, features.shape, lambda b, h, i, s, j, *_: (0, 0))
 
 
+def _factor_blocks(codes: Codes, factor: Array, size: int) -> Array:
+    """A factor per channel and run of slots, [.., H, S / run], as float32 [.., blocks of ``size`` slots, runs, H].
+
+    A block of its own for each step, because the runs of a step need not fill the 8 sublanes.
+    """
+    turned = interleave(jnp.swapaxes(factor, -1, -2), codes.fmt).astype(jnp.float32)
+    *lead, runs, dim = turned.shape
+    each = size * runs // codes.slots
+    turned = tile.pad_rows(turned, -(-runs // each) * each)
+    return turned.reshape(*lead, -1, each, dim)
+
+
 def _groups(codes: Codes) -> int:
-    """Groups of channels with a scale per slot each; 1 for one scale per slot, for none and for scales of slot tiles."""
-    if codes.per_slot or codes.scale.shape[-1] != codes.slots:
-        return 1
-    return codes.scale.shape[-2]
+    """Groups of channels with factors per slot of their own."""
+    return max([_rows(codes, factor) for factor in (codes.scale, codes.gain) if factor is not None], default=1)
 
 
 def scalars(

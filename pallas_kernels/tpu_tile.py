@@ -19,24 +19,28 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from memjax.pallas_kernels.codes import CUBIC, Grid, planes
+from memjax.pallas_kernels.codes import CUBIC, PACKED, Grid, neighbours
 
 MASKED = -1e30  # a score that is as good as -inf and has no NaN among its differences
 LANES = 128
 VMEM_LIMIT = 56 * 2**20  # bytes of on-chip memory; a 7x has 64 MiB
-_SUBBYTE = {"int4": (jnp.int4, jnp.uint4), "int2": (jnp.int2, jnp.uint2)}
+_FIELDS = {"int4": (jnp.int4, jnp.uint4), "int3": (jnp.int4, jnp.uint4), "int2": (jnp.int2, jnp.uint2)}
+
+Stored = Array | tuple[Array, Array, Array]  # bytes [C, T] of a tile, or int3's thirds of them as words [C / 12, T]
 
 
 class Levels(NamedTuple):
     """Static facts of a tile of codes.
 
     ``dtype`` is that of the matrix unit's operands. With int8, for generations that convert integers to bfloat16 slowly,
-    the other operand is split into two limbs, x = unit (256 high + low), so that nothing of its 16 bits is lost.
+    the other operand is split into two limbs, x = unit (256 high + low), so that nothing of its 16 bits is lost. ``words``:
+    blocks of bytes can be read as words of 32 bits, which the interpreter that looks for races cannot.
     """
 
     fmt: str
     grid: Grid
     dtype: jnp.dtype
+    words: bool = True
 
     @property
     def limbs(self) -> bool:
@@ -44,22 +48,57 @@ class Levels(NamedTuple):
 
     @property
     def line(self) -> tuple[float, float]:
-        """(alpha, beta) of the level as a function of what ``load`` gives."""
-        return (2.0, 1.0) if self.fmt in _SUBBYTE and self.grid == "uniform" else (1.0, 0.0)
+        """(alpha, beta) of the level as a function of what ``load`` gives, which for int3 is twice the code."""
+        if self.fmt not in PACKED or self.grid != "uniform":
+            return 1.0, 0.0
+        return (1.0, 1.0) if self.fmt == "int3" else (2.0, 1.0)
 
-    def load(self, stored: Array) -> Array:
-        """Stored bytes [C, T] as operands [H, T], rows in the order of ``codes.interleave``."""
-        if self.fmt not in _SUBBYTE:
+    def read(self, ref, head: int, lanes: slice) -> Stored:
+        """What ``load`` takes, from a block [1, heads, C, T].
+
+        int3's thirds, which need not fill tiles of bytes, are read as words: bytes would be laid out anew, number by number.
+        """
+        if self.fmt != "int3":
+            return ref[0, head, :, lanes]
+        rows = ref.shape[2] // 12
+        thirds = [slice(i * rows, (i + 1) * rows) for i in range(3)]
+        if not self.words:
+            found = pltpu.bitcast(ref[0, head, :, lanes], jnp.int32)
+            return tuple(found[third] for third in thirds)
+        return tuple(ref.bitcast(jnp.int32)[0, head, third, lanes] for third in thirds)
+
+    def load(self, stored: Stored) -> Array:
+        """A tile as operands [H, T], rows in the order of ``codes.interleave``."""
+        if self.fmt not in PACKED:
             return stored.astype(self.dtype)
-        signed, unsigned = _SUBBYTE[self.fmt]
+        signed, unsigned = _FIELDS[self.fmt]
+        step = 2 if self.fmt == "int3" else 1
+        if self.fmt == "int3":
+            stored = _nibbles(stored)
         if not isinstance(self.grid, str):
-            return _look_up(pltpu.bitcast(stored, unsigned).astype(jnp.int8), self.grid).astype(self.dtype)
+            table = tuple(level for level in self.grid for _ in range(step))
+            return _look_up(pltpu.bitcast(stored, unsigned).astype(jnp.int8), table).astype(self.dtype)
         codes = pltpu.bitcast(stored, signed)
         if self.grid == "uniform":
             return codes.astype(self.dtype)
-        a, b = (jnp.asarray(c, self.dtype) for c in CUBIC[self.fmt])
-        x = codes.astype(self.dtype) + jnp.asarray(0.5, self.dtype)
+        a, b = CUBIC[self.fmt]
+        a, b = jnp.asarray(a / step, self.dtype), jnp.asarray(b / step**3, self.dtype)
+        x = codes.astype(self.dtype) + jnp.asarray(0.5 * step, self.dtype)
         return x * (a + b * (x * x))
+
+
+def _nibbles(thirds: tuple[Array, Array, Array]) -> Array:
+    """int3's rows in thirds, words [H / 32, T], as words [H / 8, T] of nibbles that hold twice the code, in int4's order.
+
+    Channels r and r + H / 2 are neighbours: fields 0 and 2 of a byte of the first two thirds, below fields 1 and 3 of all of
+    them; the bits of each eighth of the channels and of the one H / 2 behind it lie 4 apart in the last third.
+    """
+    field, bit = (jnp.int32(int(x) - 2**32 * (x >= 2**31)) for x in (0xCCCCCCCC, 0x22222222))
+    *high, low = thirds
+    first = [x << 2 & field for x in high]
+    second = [x & field for x in high]
+    bits = [x & bit for x in (low << 1, low, low >> 1, low >> 2)]
+    return jnp.concatenate([x | y for x, y in zip(first + second, bits, strict=True)], axis=0)
 
 
 def split_limbs(x: Array, unit: Array) -> Array:
@@ -111,6 +150,12 @@ def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     )
 
 
+def halves(x: Array) -> tuple[Array, Array]:
+    """float32 as the sum of two bfloat16: of the four terms of a product the three largest give 16 bits."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
 class Query(NamedTuple):
     """Query rows, groups stacked: [n M, H], or as limbs int8 [2 n M, H]; ``unit`` and ``total`` (the sum) [n M, 1]."""
 
@@ -119,7 +164,7 @@ class Query(NamedTuple):
     total: Array
 
 
-def slot_scores(q: Query, codes: Array, levels: Levels, scale: Array | None, zero: Array | None) -> Array:
+def slot_scores(q: Query, codes: Stored, levels: Levels, scale: Array | None, zero: Array | None) -> Array:
     """Scores [M, T] for scales and zero points [n, T], or None."""
     alpha, beta = levels.line
     product = dot(q.rows, levels.load(codes), (1, 0))
@@ -143,34 +188,63 @@ def slot_scores(q: Query, codes: Array, levels: Levels, scale: Array | None, zer
     return scores
 
 
-def tiled_scores(q: Query, codes: Array, levels: Levels, scale: Array, zero: Array | None) -> Array:
+def with_gain(scale: Array | None, zero: Array | None, gain: Array | None) -> tuple[Array | None, Array | None]:
+    """gain (scale level + zero) as a scale and a zero point, for factors [n, T]."""
+    if gain is None:
+        return scale, zero
+    gain = gain.astype(jnp.float32)
+    scale, zero = (None if x is None else x.astype(jnp.float32) * gain for x in (scale, zero))
+    return gain if scale is None else scale, zero
+
+
+def tiled_scores(
+    q: Query,
+    codes: Stored,
+    levels: Levels,
+    scale: Array,
+    zero: Array | None,
+    slot_scale: Array | None = None,
+    slot_zero: Array | None = None,
+) -> Array:
     """Scores [M, T] where every T / r slots have scales [r, H] of their own per channel (KIVI's keys): they go into q.
 
-    Lanes come in chunks of 128 or of a scale's slots, whichever is more; the scales of a chunk are stacked as rows.
+        scores = slot_scale[t] sum_h q (scale level + zero) + slot_zero[t] sum_h q scale
+
+    of which KVarN's keys (slot_scale: the gain) and slots with a gain per channel (scale: the gain) are cases. Lanes come in
+    chunks of 128 or of a scale's slots, whichever is more; the scales of a chunk are stacked as rows.
     """
     alpha, beta = levels.line
-    each = codes.shape[1] // scale.shape[0]  # slots per scale
-    chunk = max(each, min(LANES, codes.shape[1]))
-    per = chunk // each
     operands, rows = levels.load(codes), q.rows.shape[0]
+    size = operands.shape[1]
+    each = size // scale.shape[0]  # slots per scale
+    chunk = max(each, min(LANES, size))
     wide = q.rows.astype(jnp.float32)
     done = []
-    for at in range(0, codes.shape[1], chunk):
-        first = at // each
-        scaled = [wide * scale[first + i : first + i + 1].astype(jnp.float32) for i in range(per)]
-        stacked = jnp.concatenate(scaled, axis=0)
-        part = alpha * dot(stacked.astype(levels.dtype), operands[:, at : at + chunk], (1, 0))
+    for at in range(0, size, chunk):
+        width = min(chunk, size - at)
+        first, per = at // each, width // each
+        stacked = _scaled(wide, scale[first : first + per])
+        part = alpha * dot(stacked.astype(levels.dtype), operands[:, at : at + width], (1, 0))
+        total = jnp.sum(stacked, axis=1, keepdims=True)
         if beta:
-            part += beta * jnp.sum(stacked, axis=1, keepdims=True)
+            part += beta * total
         if zero is not None:
-            zeros = [wide * zero[first + i : first + i + 1].astype(jnp.float32) for i in range(per)]
-            part += jnp.sum(jnp.concatenate(zeros, axis=0), axis=1, keepdims=True)
-        owner = lax.broadcasted_iota(jnp.int32, (rows, chunk), 1) // each
+            part += jnp.sum(_scaled(wide, zero[first : first + per]), axis=1, keepdims=True)
+        if slot_scale is not None:
+            part *= slot_scale[:, at : at + width].astype(jnp.float32)
+        if slot_zero is not None:
+            part += total * slot_zero[:, at : at + width].astype(jnp.float32)
+        owner = lax.broadcasted_iota(jnp.int32, (rows, width), 1) // each
         chosen = part[:rows]
         for i in range(1, per):
             chosen = jnp.where(owner == i, part[i * rows : (i + 1) * rows], chosen)
         done.append(chosen)
     return done[0] if len(done) == 1 else jnp.concatenate(done, axis=1)
+
+
+def _scaled(rows: Array, factors: Array) -> Array:
+    """Rows [M, H] times each of the factors [r, H], stacked: [r M, H]."""
+    return jnp.concatenate([rows * factors[i : i + 1].astype(jnp.float32) for i in range(factors.shape[0])], axis=0)
 
 
 class State(NamedTuple):
@@ -197,20 +271,17 @@ def advance(state: State, scores: Array, values: Callable[[Array], Array]) -> St
     return State(peak, total, decay[:, :1] * state.acc + values(probs))
 
 
-def weighted_values(
-    probs: Array,
-    seen: Array,
-    codes: Array,
-    levels: Levels,
-    scale: Array | None,
-    zero: Array | None,
-    valid: Array | None = None,
-) -> Array:
-    """Probabilities [M, T] times values, [M, H]. ``valid`` [1, T]: lanes whose values may be read, None: all."""
-    alpha, beta = levels.line
+def read_values(codes: Stored, levels: Levels, valid: Array | None) -> Array:
+    """Operands [H, T]. ``valid`` [1, T]: lanes that may be read, None: all."""
     operands = levels.load(codes)
-    if valid is not None:
-        operands = jnp.where(valid, operands, jnp.zeros((), levels.dtype))
+    return operands if valid is None else jnp.where(valid, operands, jnp.zeros((), levels.dtype))
+
+
+def weighted_values(
+    probs: Array, seen: Array, operands: Array, levels: Levels, scale: Array | None, zero: Array | None
+) -> Array:
+    """Probabilities [M, T] times values, [M, H]; scales and zero points [n, T]."""
+    alpha, beta = levels.line
     if scale is None:
         return dot(probs.astype(levels.dtype), operands, (1, 1))
     # Scales of free slots may be NaN: their weight is zero, not 0 * NaN.
@@ -236,10 +307,32 @@ def weighted_values(
     return functools.reduce(jnp.add, parts)
 
 
+def tiled_values(
+    probs: Array, seen: Array, operands: Array, levels: Levels, scale: Array | None, zero: Array | None, gain: Array
+) -> Array:
+    """``weighted_values`` where every T / r slots have gains [r, H] of their own per channel (KVarN's values)."""
+    size = operands.shape[1]
+    each = size // gain.shape[0]
+    chunk = max(each, min(LANES, size))
+    found = []
+    for at in range(0, size, chunk):
+        lanes = slice(at, min(at + chunk, size))
+        width = lanes.stop - at
+        factors = [None if x is None else x[:, lanes] for x in (scale, zero)]
+        owner = lax.broadcasted_iota(jnp.int32, (1, width), 1) // each
+        for i in range(width // each):
+            mine = seen[:, lanes] if width == each else seen[:, lanes] & (owner == i)
+            weights = jnp.where(mine, probs[:, lanes], 0.0)
+            part, first = weighted_values(weights, mine, operands[:, lanes], levels, *factors), at // each + i
+            # Gains of tiles that nobody sees may be NaN.
+            found.append(jnp.where(part == 0.0, 0.0, part * gain[first : first + 1]))
+    return functools.reduce(jnp.add, found)
+
+
 def _group_of_row(dim: int, fmt: str, groups: int) -> Array:
     """Which group of channels each of an output's H lanes belongs to, int32 [1, H]; their order is ``interleave``'s."""
     lane = lax.broadcasted_iota(jnp.int32, (1, dim), 1)
-    count = planes(fmt)
+    count = neighbours(fmt)
     channel = lane // count + (lane % count) * (dim // count)
     return channel // (dim // groups)
 

@@ -16,17 +16,29 @@ from memjax.pallas_kernels.codes import BITS, Codes, absmax_encode, dense, pack
 from memjax.pallas_kernels.decode import Centre
 from memjax.pallas_kernels.slots import Span
 
-TABLE = tuple(int(x) for x in np.round(127 * np.tanh(np.linspace(-2, 2, 16))))
+TABLE, TABLE8 = (tuple(int(x) for x in np.round(127 * np.tanh(np.linspace(-2, 2, n)))) for n in (16, 8))
 
 
 def random_codes(
-    rng, fmt: str, shape, *, grid="uniform", groups: int = 1, tile: int = 0, zero: bool = False, dtype="bfloat16"
+    rng,
+    fmt: str,
+    shape,
+    *,
+    grid="uniform",
+    groups: int = 1,
+    tile: int = 0,
+    zero: bool = False,
+    gain: int = 0,
+    dtype="bfloat16",
 ) -> Codes:
-    """Codes [..., H, S]: of a Gaussian in the plain forms, else random codes, scales per group of channels or slot tile."""
+    """Codes [..., H, S]: of a Gaussian in the plain forms, else random codes, scales per group of channels or slot tile.
+
+    ``gain``: 1 for one gain per slot, more for one per channel and so many slots.
+    """
     x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
     if fmt == "dense":
         return dense(x, dtype)
-    if fmt in ("e4m3", "e5m2") or (grid == "uniform" and groups == 1 and not tile and not zero):
+    if fmt in ("e4m3", "e5m2") or (grid == "uniform" and groups == 1 and not tile and not zero and not gain):
         return absmax_encode(x, fmt)
     *lead, dim, slots = shape
     half = 2 ** (BITS[fmt] - 1)
@@ -35,7 +47,9 @@ def random_codes(
     unit = 1.0 if grid == "cubic" else 1.5 / half if isinstance(grid, str) else 1 / 80
     scale = jnp.asarray(rng.uniform(0.5, 1.0, sizes) * unit, jnp.bfloat16)
     offset = jnp.asarray(rng.uniform(-0.2, 0.2, sizes), jnp.bfloat16) if zero else None
-    return Codes(pack(jnp.asarray(codes), fmt), scale, fmt, offset, grid)
+    sizes = (*lead, slots) if gain == 1 else (*lead, dim, slots // max(gain, 1))
+    gains = jnp.asarray(rng.uniform(0.5, 1.0, sizes), jnp.bfloat16) if gain else None
+    return Codes(pack(jnp.asarray(codes), fmt), scale, fmt, offset, grid, gains)
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,6 @@ def build(case: Case, seed: int = 0) -> tuple[tuple, dict]:
     return (q, k, v), kw
 
 
-
 def relative(x, expected) -> float:
     """Relative error of finite entries; entries that are not finite must be equal."""
     x, expected = np.asarray(x, np.float64), np.asarray(expected, np.float64)
@@ -116,8 +129,9 @@ def with_nan_scales(codes: Codes, free: jax.Array) -> Codes:
 
 F32 = {"dtype": "float32"}
 ZERO = {"zero": True}
+KVARN = {"keys": ZERO | {"tile": 128, "gain": 1}, "values": ZERO | {"gain": 128}}
 CASES = {
-    **{fmt: Case(fmt) for fmt in ("dense", "int8", "int4", "int2", "e4m3", "e5m2")},
+    **{fmt: Case(fmt) for fmt in ("dense", "int8", "int4", "int3", "int2", "e4m3", "e5m2")},
     "float32": Case("dense", keys=F32, values=F32, bound=1e-5),
     "K4V2, 96 channels": Case("int4", "int2", dim=96, heads=1, rows=1),
     "K8V4, 80 channels": Case("int8", "int4", dim=80, rows=8),
@@ -125,10 +139,23 @@ CASES = {
     "256 channels": Case("int4", dim=256, rows=2),
     "cubic": Case(keys={"grid": "cubic"}, values={"grid": "cubic"}, bound=6e-3),
     "cubic int2": Case("int2", keys={"grid": "cubic"}, values={"grid": "cubic"}, bound=6e-3),
+    "cubic int3": Case("int3", keys={"grid": "cubic"}, values={"grid": "cubic"}, bound=6e-3),
     "table": Case(keys={"grid": TABLE}, values={"grid": TABLE}),
+    "int3 table": Case("int3", keys={"grid": TABLE8}, values={"grid": TABLE8}),
+    "K3V2, 96 channels": Case("int3", "int2", dim=96, heads=1, rows=1),
+    "K4V3, 128 channels, groups": Case("int4", "int3", dim=128, values=ZERO | {"groups": 4}),
     "zero points": Case(keys=ZERO, values=ZERO),
     "groups of channels": Case(keys=ZERO | {"groups": 2}, values=ZERO | {"groups": 4}),
     "KIVI": Case("int2", slots=384, keys=ZERO | {"tile": 32}, values=ZERO | {"groups": 2}),
+    "KVarN": Case("int2", slots=384, lengths=(384, 129), **KVARN),
+    "KVarN in 3 bits": Case("int3", slots=384, lengths=(384, 200), **KVARN),
+    "KVarN, 5 heads of 40 rows": Case("int2", heads=5, batch=1, rows=40, slots=1536, lengths=(1400,), **KVARN),
+    "gains per slot": Case(keys=ZERO | {"gain": 1}, values={"groups": 2, "gain": 1}),
+    "gains per channel and 32 slots": Case(slots=320, keys=ZERO | {"gain": 32}, values={"gain": 32}),
+    "gains per channel and 256 slots": Case(slots=768, lengths=(700, 257), keys={"gain": 256}, values=ZERO | {"gain": 256}),
+    "positions and gains per channel": Case("int3", slots=256, scattered=True, **KVARN),
+    "pages of KVarN": Case("int2", page=128, slots=600, **KVARN),
+    "scales per channel, a short last run": Case(slots=320, keys=ZERO | {"tile": 32}),
     "scales per channel and 128 slots": Case(slots=384, keys=ZERO | {"tile": 128}),
     "scales per channel and 256 slots": Case(slots=512, keys={"tile": 256}, lengths=(512, 257)),
     "positions": Case(scattered=True),

@@ -58,6 +58,18 @@ def test_compare_prints_and_saves_a_row_per_policy(monkeypatch, capsys, tmp_path
         (["compare", "--text-file", "x", "--policy", "dense", "--json", "no/where.json"], "no folder"),
         (["compare", "--text-file", "x", "--policy", "dense", "--chunk", "0"], "chunk >= 1"),
         (["compare", "--text-file", "x", "--policy", "dense", "--protect-layers", "-1"], "integer of at least 0"),
+        (["compare", "--text-file", "x", "--policy", "dense", "--plot", "plot.exe"], "ends in .png, .pdf, .svg"),
+        (["compare", "--text-file", "x", "--policy", "dense", "--json", "."], "is a folder"),
+        (["eval", "--suite", "mt"], "unknown suite 'mt'; the known ones are kv"),
+        (["eval", "--policy", "int8", "--policy", "int5"], "unknown policy 'int5'"),
+        (["eval", "--setting", "none"], "one of static, accumulated, both"),
+        (["eval", "--tokens", "100000"], "tokens must lie between 2 and"),
+        (["eval", "--retrieval-tokens", "100000"], "retrieval tokens must not exceed"),
+        (["eval", "--retrieval-tokens", "0"], "--no-retrieval leaves it out"),
+        (["eval", "--sample", "-1"], "must be >= 0"),
+        (["eval", "--json", "no/where.json"], "no folder"),
+        (["eval", "--plot", "no/where.png"], "no folder"),
+        (["eval", "--model", "nowhere"], "no model 'nowhere'"),
     ],
 )
 def test_bad_input_ends_in_one_line(monkeypatch, capsys, tmp_path, arguments, message):

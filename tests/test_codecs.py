@@ -18,6 +18,7 @@ from memjax.pallas_kernels.codes import (
     absmax_encode,
     deinterleave,
     interleave,
+    nbytes_per_vector,
     pack,
     packed_dim,
     unpack,
@@ -27,7 +28,7 @@ from memjax.quantize import Dense, Fp8, Int4, Int8
 from memjax.quantize.hadamard import hadamard_matrix, rotate, unrotate
 
 FP8S = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
-LARGEST = {"int8": 127.0, "int4": 15.0, "int2": 3.0, "e4m3": 448.0, "e5m2": 57344.0}
+LARGEST = {"int8": 127.0, "int4": 15.0, "int3": 7.0, "int2": 3.0, "e4m3": 448.0, "e5m2": 57344.0}
 PLAIN = [Int8(), Int4(), Fp8(), Fp8(format="e5m2")]
 LOSSY = [*PLAIN, Int8(rotate=True), Int4(rotate=True), Fp8(rotate=True)]
 TINY = float(jnp.finfo(jnp.bfloat16).tiny)
@@ -138,17 +139,25 @@ def test_what_is_not_finite_shows(codec, bad):
 
 
 def fields(data: np.ndarray, fmt: str) -> np.ndarray:
-    """The codes [..., H, S] in bytes [..., C, S]: byte r holds channels r, r + C .., from its low bits up."""
+    """The codes [..., H, S] in bytes [..., C, S]: byte r holds channels r, r + C .., from its low bits up.
+
+    int3: two such parts, 2 C / 3 rows of two's complement codes of two bits above C / 3 rows of the third bit.
+    """
+    if fmt == "int3":
+        high, low = data[..., : data.shape[-2] * 2 // 3, :], data[..., data.shape[-2] * 2 // 3 :, :].astype(int)
+        return 2 * fields(high, "int2") + np.concatenate([(low >> j) % 2 for j in range(8)], axis=-2)
     bits, half = BITS[fmt], 2 ** (BITS[fmt] - 1)
     planes = [(data.astype(int) >> shift) % 2**bits for shift in range(0, 8, bits)]
     codes = np.concatenate(planes, axis=-2)
     return np.where(codes < half, codes, codes - 2 * half)
 
 
-@pytest.mark.parametrize("fmt", ["int4", "int2", "int8"])
+@pytest.mark.parametrize("fmt", ["int4", "int3", "int2", "int8"])
 def test_what_every_byte_holds(fmt):
     """Two's complement codes; packing and encoding give the bytes back."""
     data = np.arange(256, dtype=np.uint8).reshape(2, 4, 32)
+    if fmt == "int3":
+        data = np.concatenate([data, data[:, ::-2, ::-1]], axis=1)
     stored = jnp.asarray(data.view(np.int8) if fmt == "int8" else data)
     codes = np.asarray(jax.jit(unpack, static_argnums=1)(stored, fmt))
     np.testing.assert_array_equal(codes, fields(data, fmt))
@@ -157,13 +166,15 @@ def test_what_every_byte_holds(fmt):
     if fmt == "int8":
         codes = np.maximum(codes, -127)
     levels = codes if fmt == "int8" else 2 * codes + 1
-    peaks = np.concatenate([levels, np.full((2, 8 // BITS[fmt], 32), LARGEST[fmt])], axis=1)
+    peaks = np.concatenate([levels, np.full((2, 8, 32), LARGEST[fmt])], axis=1)
     again = jax.jit(absmax_encode, static_argnums=1)(np.float32(0.25 * peaks), fmt)
     np.testing.assert_array_equal(again.decode(), 0.25 * peaks)
     np.testing.assert_array_equal(np.asarray(again.scale, np.float32), 0.25)
 
 
-@pytest.mark.parametrize(("fmt", "order"), [("int8", range(8)), ("int4", "04152637"), ("int2", "02461357")])
+@pytest.mark.parametrize(
+    ("fmt", "order"), [("int8", range(8)), ("int4", "04152637"), ("int3", "04152637"), ("int2", "02461357")]
+)
 def test_the_order_in_which_neighbours_are_unpacked(fmt, order):
     rows = jnp.arange(16).reshape(2, 8)
     turned = interleave(rows, fmt)
@@ -171,15 +182,19 @@ def test_the_order_in_which_neighbours_are_unpacked(fmt, order):
     np.testing.assert_array_equal(deinterleave(turned, fmt), rows)
 
 
-TABLES = {"int4": (-127, -99, -77, -60, -45, -31, -18, -6, 6, 18, 31, 45, 60, 77, 99, 127), "int2": (-120, -30, 31, 127)}
+TABLES = {
+    "int4": (-127, -99, -77, -60, -45, -31, -18, -6, 6, 18, 31, 45, 60, 77, 99, 127),
+    "int3": (-127, -80, -45, -14, 15, 46, 81, 127),
+    "int2": (-120, -30, 31, 127),
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("grid", ["uniform", "cubic", "table"])
-@pytest.mark.parametrize("fmt", ["int4", "int2"])
+@pytest.mark.parametrize("fmt", ["int4", "int3", "int2"])
 def test_levels_of_a_grid(fmt, grid, dtype):
     """Uniform and table levels are exact in bfloat16 too, cubic ones rounded to it."""
-    data = np.random.default_rng(0).integers(0, 256, (3, 8, 11)).astype(np.uint8)
+    data = np.random.default_rng(0).integers(0, 256, (3, 12, 11)).astype(np.uint8)
     codes = Codes(jnp.asarray(data), None, fmt, grid=TABLES[fmt] if grid == "table" else grid)
     expected = {
         "uniform": lambda c: 2 * c + 1,
@@ -193,13 +208,40 @@ def test_levels_of_a_grid(fmt, grid, dtype):
     np.testing.assert_allclose(np.asarray(levels, np.float64), expected, rtol=exact)
 
 
+def test_int3_codes_hold_int2_codes():
+    """The first two thirds of the bytes are codes of the middles between the levels that they leave open."""
+    rng = np.random.default_rng(0)
+    data = jnp.asarray(rng.integers(0, 256, (2, 24, 5)), jnp.uint8)
+    scale, zero, gain = (jnp.asarray(rng.uniform(0.5, 1, shape), jnp.bfloat16) for shape in ((2, 5), (2, 5), (2, 64, 1)))
+    codes = Codes(data, scale, "int3", zero, gain=gain)
+    coarse = jax.jit(Codes.coarse)(codes)
+    np.testing.assert_array_equal(coarse.data, data[:, :16])
+    assert (coarse.fmt, coarse.dim) == ("int2", 64)
+    apart = (codes.decode() - coarse.decode()) / np.float32(scale)[:, None] / np.float32(gain)
+    np.testing.assert_allclose(np.abs(apart), 1.0, atol=1e-4)
+    with pytest.raises(ValueError, match="only uniform int3 codes have a coarse part, not int3 with grid cubic"):
+        Codes(data, scale, "int3", grid="cubic").coarse()
+
+
+@pytest.mark.parametrize("dim", [8, 64, 80, 128])
+def test_int3_takes_three_bits(dim):
+    x = np.random.default_rng(0).standard_normal((dim, 3)).astype(np.float32)
+    codes = absmax_encode(x, "int3")
+    assert codes.data.nbytes == 3 * 3 * dim // 8 == 3 * (nbytes_per_vector("int3", dim, "bfloat16") - 2)
+    assert (codes.dim, codes.slots) == (dim, 3)
+    assert np.abs(codes.decode() - x).max() <= float(codes.scale.max()) * (1 + 1e-6)
+    np.testing.assert_array_equal(jax.eval_shape(lambda: zeros("int3", (dim, 3), "bfloat16")).data.shape, codes.data.shape)
+
+
 def cubic_levels(fmt: str) -> list[float]:
-    a, b = {"int4": (0.240507, 0.002098), "int2": (0.892887, 0.050693)}[fmt]
+    a, b = {"int4": (0.240507, 0.002098), "int3": (0.471455, 0.011585), "int2": (0.892887, 0.050693)}[fmt]
     half = 2 ** (BITS[fmt] - 1)
     return [x * (a + b * x**2) for x in np.arange(-half, half) + 0.5]
 
 
-@pytest.mark.parametrize(("fmt", "lloyd_max", "loss"), [("int2", 0.117482, 1e-5), ("int4", 0.009501, 0.021)])
+@pytest.mark.parametrize(
+    ("fmt", "lloyd_max", "loss"), [("int2", 0.117482, 1e-5), ("int3", 0.034548, 0.0022), ("int4", 0.009501, 0.021)]
+)
 def test_the_cubic_grid_is_nearly_the_best_for_a_gaussian(fmt, lloyd_max, loss):
     """Its mean squared error beside that of the optimal quantizer (Max, 1960)."""
     x = np.linspace(-8, 8, 400_001)
@@ -211,11 +253,11 @@ def test_the_cubic_grid_is_nearly_the_best_for_a_gaussian(fmt, lloyd_max, loss):
 TILES = {"one per slot": (None, 1), "a channel's tile": (1, 4), "groups of channels": (4, 1), "both": (2, 6), "all": (16, 12)}
 
 
-@pytest.mark.parametrize("fmt", ["int8", "int4", "int2", "e4m3"])
+@pytest.mark.parametrize("fmt", ["int8", "int4", "int3", "int2", "e4m3"])
 @pytest.mark.parametrize("scale_tile", TILES)
 @pytest.mark.parametrize("zero_tile", [None, *TILES])
-def test_scales_and_zero_points_of_slots_and_tiles(fmt, scale_tile, zero_tile):
-    """x[h, s] = scale[h // a, s // b] * level[h, s] + zero[h // a', s // b']."""
+def test_factors_of_slots_and_tiles(fmt, scale_tile, zero_tile):
+    """x[h, s] = gain[h // a'', s // b''] (scale[h // a, s // b] * level[h, s] + zero[h // a', s // b'])."""
     dim, slots, rng = 16, 12, np.random.default_rng(1)
 
     def factor(tile: str | None):
@@ -229,13 +271,17 @@ def test_scales_and_zero_points_of_slots_and_tiles(fmt, scale_tile, zero_tile):
         return drawn, wide
 
     (scale, wide_scale), (zero, wide_zero) = factor(scale_tile), factor(zero_tile)
+    gain_tile = dict(zip([None, *TILES], [*TILES, None], strict=True))[zero_tile]
+    gain, wide_gain = factor(gain_tile)
+    wide_gain = 1.0 if gain is None else wide_gain
     data = jnp.asarray(rng.integers(0, 100, (2, 3, packed_dim(fmt, dim), slots)), jnp.uint8)
     data = jax.lax.bitcast_convert_type(data, {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}.get(fmt, jnp.uint8))
-    codes = Codes(data, scale, fmt, zero)
-    levels = 2 * fields(np.asarray(data), fmt) + 1 if fmt in ("int4", "int2") else np.asarray(data, np.float64)
+    codes = Codes(data, scale, fmt, zero, gain=gain)
+    levels = 2 * fields(np.asarray(data), fmt) + 1 if fmt.startswith("int") and fmt != "int8" else np.asarray(data, np.float64)
     found = jax.jit(lambda c: c.decode())(codes)
-    np.testing.assert_allclose(found, levels * wide_scale + wide_zero, rtol=1e-6, atol=1e-6 * np.abs(levels).max())
-    assert codes.per_slot == (scale_tile == "one per slot" and zero_tile in (None, "one per slot"))
+    expected = wide_gain * (levels * wide_scale + wide_zero)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=2e-6 * np.abs(levels).max())
+    assert codes.per_slot == all(each in (None, "one per slot") for each in (scale_tile, zero_tile, gain_tile))
 
 
 @pytest.mark.parametrize("fmt", ["int8", *FP8S])
@@ -325,5 +371,7 @@ def test_what_codecs_refuse():
         Int4().validate(33)
     with pytest.raises(ValueError, match="int2 packs 4 values per byte and needs a multiple of 4 channels, got 66"):
         packed_dim("int2", 66)
+    with pytest.raises(ValueError, match="int3 packs 8 values into 3 bytes and needs a multiple of 8 channels, got 68"):
+        packed_dim("int3", 68)
     with pytest.raises(ValueError, match="'e3m4' is not one of e4m3, e5m2"):
         Fp8(format="e3m4")

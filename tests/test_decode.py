@@ -9,7 +9,7 @@ import pytest
 from cache_helpers import numpy_softmax, quick_jit, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import TABLE, Case, build, relative
+from kernel_helpers import KVARN, TABLE, Case, build, relative
 
 from memjax.attention.rope import Rope, apply_rope
 from memjax.pallas_kernels.codes import Codes, absmax_encode, dense
@@ -146,6 +146,12 @@ XLA_CASES = {
     "groups of channels": Case("int4", keys={"groups": 2, "zero": True}, values={"groups": 4, "zero": True}),
     "KIVI": Case("int2", slots=320, keys={"tile": 32, "zero": True}, values={"groups": 2, "zero": True}),
     "pages of KIVI": Case("int2", slots=320, page=64, keys={"tile": 32, "zero": True}, values={"groups": 2, "zero": True}),
+    "int3": Case("int3", slots=320, values={"groups": 2, "zero": True}),
+    "KVarN": Case("int2", slots=384, **KVARN),
+    "KVarN with positions": Case("int3", slots=384, scattered=True, **KVARN),
+    "pages of KVarN": Case("int3", slots=384, page=128, **KVARN),
+    "gains per slot": Case("int4", keys={"zero": True, "gain": 1}, values={"groups": 2, "zero": True, "gain": 1}),
+    "scales and gains per channel": Case("int4", slots=320, keys={"tile": 32, "gain": 64}, values={"tile": 64, "gain": 32}),
     "cubic": Case("int4", keys={"grid": "cubic"}, values={"grid": "cubic"}),
     "table": Case("int4", keys={"grid": TABLE}, values={"grid": TABLE}),
     "bias": Case("int8", bias=True, options={"softcap": 3.0}),

@@ -1,11 +1,13 @@
 """The GPU kernels in interpret mode against the float32 oracles: every form of codes, mask, shape and page."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import CASES, PREFILL, Case, build, check, chunk, random_codes, with_nan_scales
+from kernel_helpers import CASES, KVARN, PREFILL, ZERO, Case, build, check, chunk, random_codes, with_nan_scales
 
 from memjax.pallas_kernels.choose import Target
 from memjax.pallas_kernels.decode import decode, decode_reference
@@ -14,18 +16,27 @@ from memjax.pallas_kernels.mla_decode import mla_decode, mla_decode_reference
 from memjax.pallas_kernels.prefill import prefill, prefill_reference
 from memjax.pallas_kernels.slots import Span
 
-SMALL_PAGES = {"pages of 16": Case(page=16), "pages of 64, one token past": Case("int8", page=64, lengths=(300, 65))}
+DECODED = 5e-3  # values are rounded to bfloat16 after they are decoded, probabilities too
+OWN = {
+    "pages of 16": Case(page=16),
+    "pages of 64, one token past": Case("int8", page=64, lengths=(300, 65)),
+    "int3, 80 channels": Case("int3", dim=80),
+    "values with scales per channel and 32 slots": Case("int2", slots=320, values=ZERO | {"tile": 32}, bound=DECODED),
+    "latent with scales per channel and 32 slots": Case("int3", slots=320, heads=1, keys={"tile": 32}, latent=32),
+    "scales and gains per channel": Case(slots=320, keys={"tile": 32, "gain": 32}, values={"groups": 8, "gain": 32}),
+}
 CUBIC_BOUND = 9e-3  # the polynomial is evaluated in bfloat16
 
 
 # Tracing unrolled kernels takes seconds a case; the fast run has one of each kind.
 FAST = ("dense", "int4", "K4V2, 96 channels", "cubic", "table", "groups of channels", "KIVI", "positions", "centre", "latent")
+FAST = (*FAST, "int3", "KVarN in 3 bits", "K3V2, 96 channels")
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
-@pytest.mark.parametrize("name", [*NAMES, *SMALL_PAGES])
+@pytest.mark.parametrize("name", [*NAMES, *OWN])
 def test_decode_gives_what_the_reference_says(name):
-    case = (CASES | SMALL_PAGES)[name]
+    case = (CASES | OWN)[name]
     (q, k, v), kw = build(case)
     found = decode(q, k, v, mass=True, implementation="gpu", interpret=True, **kw)
     check(found, decode_reference(q, k, v, **kw), CUBIC_BOUND if "cubic" in name else case.bound)
@@ -53,9 +64,18 @@ def test_what_lies_in_free_slots_does_not_matter():
     np.testing.assert_allclose(dirty[0], decode_gpu(q, k, v, interpret=True, **kw)[0], rtol=1e-6, atol=1e-6)
 
 
+def test_what_gains_of_unseen_tiles_are_does_not_matter():
+    case = Case("int2", slots=384, lengths=(120, 250), **KVARN)
+    (q, k, v), kw = build(case)
+    unseen = jnp.asarray(np.arange(3) * 128 >= np.asarray(case.lengths)[:, None])[:, None, None]
+    dirty = dataclasses.replace(v, gain=jnp.where(unseen, jnp.nan, v.gain))
+    found = decode(q, k, dirty, implementation="gpu", interpret=True, **kw)
+    np.testing.assert_array_equal(found[0], decode(q, k, v, implementation="gpu", interpret=True, **kw)[0])
+
+
 @pytest.mark.slow
 @given(
-    fmt=st.sampled_from(["dense", "int8", "int4", "int2"]),
+    fmt=st.sampled_from(["dense", "int8", "int4", "int3", "int2"]),
     rows=st.integers(1, 17),
     dim=st.sampled_from([64, 80, 96, 128]),
     length=st.integers(0, 260),
@@ -93,7 +113,7 @@ REFUSED = {
     "pages of 48 slots; the kernel needs a power of two": ("NVIDIA H200", Case(page=48)),
     "a centring term needs consecutive positions": ("NVIDIA H200", Case(centre=4, scattered=True)),
     "groups of 8 channels; the kernel's smallest is 16": ("NVIDIA H200", Case(keys={"groups": 8})),
-    "tiles over both axes": ("NVIDIA H200", Case("int2", slots=320, values={"tile": 32})),
+    "gains of different groups of channels": ("NVIDIA H200", Case()),
 }
 
 
@@ -101,5 +121,7 @@ REFUSED = {
 def test_refusals_say_why(reason):
     kind, case = REFUSED[reason]
     (q, k, v), kw = build(case)
+    if "different groups" in reason:
+        k = dataclasses.replace(k, scale=jnp.ones((2, 2, 2, 300)), gain=jnp.ones((2, 2, 4, 300)))
     arrays = {"q": q, "k": k, "v": v, **kw, "centre_weights": kw["centre"].weights if case.centre else None}
     assert reason in why_not(Target("gpu", kind), arrays)

@@ -96,7 +96,7 @@ def test_the_wheel_holds_exactly_the_source(wheel):
     assert {
         "memjax/py.typed",
         "memjax/models/__init__.py",
-        "memjax/pallas_kernels/flash/__init__.py",
+        "memjax/pallas_kernels/decode/__init__.py",
     } <= expected
 
 

@@ -1,5 +1,6 @@
 """The string form of policies: what is printed is read back, and what is wrong is answered with what is right."""
 
+import dataclasses
 import re
 
 import pytest
@@ -12,21 +13,37 @@ from memjax.cache.parse import PARTS, signatures
 from memjax.cache.policy import CachePolicy, LayerwisePolicy, Windows
 from memjax.evict import Streaming
 from memjax.offload import HostTier
-from memjax.quantize import Dense, Fp8, Int4, Int8
+from memjax.quantize import NF4, NVFP4, Dense, Fp8, FrontEnd, Int2, Int4, Int8, Kivi, KVarN, TurboQuant
+from memjax.quantize.front import BALANCES, CENTRES
+from memjax.quantize.turboquant import GRIDS, ROTATIONS, SCALES
 
 count = st.integers(0, 5000)
-policies = st.builds(
+bits = st.integers(2, 4)
+codecs = st.one_of(
+    st.just(Dense()),
+    st.builds(Int8, st.booleans()),
+    st.builds(Int4, st.booleans()),
+    st.builds(Int2, st.booleans()),
+    st.builds(Fp8, st.booleans(), st.sampled_from(["e4m3", "e5m2"])),
+    st.sampled_from([NF4(), NVFP4(), Kivi(4, 64), KVarN(2, 2)]),
+    st.builds(TurboQuant, bits, bits, st.sampled_from(SCALES), st.sampled_from(GRIDS), st.sampled_from(ROTATIONS)),
+)
+fronts = st.builds(FrontEnd, st.sampled_from(CENTRES), st.sampled_from(BALANCES)) | st.just(FrontEnd(calibration="my/file"))
+
+
+def with_front(policy: CachePolicy, front: FrontEnd | None) -> CachePolicy:
+    unusual = policy.codec.lossy and front not in (None, policy.codec.front)
+    return dataclasses.replace(policy, front=front) if unusual else policy
+
+
+plain_policies = st.builds(
     CachePolicy,
-    codec=st.one_of(
-        st.just(Dense()),
-        st.builds(Int8, st.booleans()),
-        st.builds(Int4, st.booleans()),
-        st.builds(Fp8, st.booleans(), st.sampled_from(["e4m3", "e5m2"])),
-    ),
+    codec=codecs,
     evictor=st.none() | st.builds(Streaming, count, st.integers(1, 5000), st.sampled_from(["cache", "text"])),
     tier=st.none() | st.builds(HostTier, st.integers(1, 5000), st.integers(1, 5000)),
     windows=st.none() | st.builds(Windows, count, count),
 )
+policies = st.builds(with_front, plain_policies, st.none() | fronts)
 
 
 @given(policy=policies, seed=st.randoms())
@@ -75,7 +92,8 @@ def test_the_functions_build_what_the_strings_say():
     assert mj.chain(mj.dense()) == mj.dense() == mj.policy("dense")
 
 
-KNOWN = "the known ones are dense, int8(rotate=false), int4(rotate=false), fp8(format=e4m3, rotate=false), streaming("
+FRONT = "centre=none, balance=off, calibration="
+KNOWN = f"the known ones are dense, int8(rotate=false, {FRONT}), int4(rotate=false, {FRONT}), int2("
 WRONG = {
     "": "a policy is a text such as 'streaming(4,1020)+int4', got ''",
     "   ": "a policy is a text",
@@ -85,9 +103,15 @@ WRONG = {
     "int4(": "cannot read 'int4('",
     "int4++int8": "cannot read '' in policy 'int4++int8'",
     "int4,int8": "cannot read 'int4,int8'",
-    "int4(bits=3)": "int4 does not take 'bits=3'; it is int4(rotate=false)",
+    "int4(bits=3)": "int4 does not take 'bits=3'; it is int4(rotate=false, centre=none",
     "dense(3)": "dense does not take '3'; it is dense without arguments",
-    "int4(true,false)": "int4 does not take 'false'",
+    "int4(true,false)": "centre must be one of auto, none, fixed, rope, got 'false'",
+    "int4(balance=yes)": "balance must be one of auto, off, channels, got 'yes'",
+    "turboquant(4,4,centre=none,calibration=x)": "a calibration file decides centring and balance",
+    "turboquant(5,4)": "TurboQuant codes have 2, 3 or 4 bits, got 5",
+    "turboquant(4,4,scale=best)": "scale",
+    "kivi(5)": "KIVI codes have 2, 3, 4, 8 bits, got 5",
+    "kvarn(4,2,tile=1)": "tile",
     "int4(rotate=true,rotate=true)": "int4 does not take 'rotate=true'",
     "streaming(4,16,sinks=3)": "streaming does not take 'sinks=3'; it is streaming(sinks=4, window=1020, positions=cache)",
     "streaming(,16)": "streaming needs sinks to be a number (int), got ''",

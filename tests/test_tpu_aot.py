@@ -23,6 +23,7 @@ from kernel_cases import Case, as_request, decode_cases, other_cases, refused_ca
 PYTHON = Path(os.environ.get("MEMJAX_AOT_PYTHON", REPOSITORY / ".venv-aot/bin/python"))
 # Bundles per 1,024 slots of a kv head in the steady loop, head dimension 128: what was measured, and 7 % more.
 BUDGET = {("v5e", "int8"): 168, ("v5e", "int4"): 143, ("v6e", "int8"): 170, ("v6e", "int4"): 143}
+BUDGET |= {("v5e", "int3"): 216, ("v6e", "int3"): 196}
 LATENT = {"op": "mla_decode", "model": "deepseek-v3", "values": None}
 
 
@@ -44,13 +45,17 @@ def test_some_of_each_operation_compile(python):
     cases = [
         ("7x", Case(keys="int4", values="int4", page=256)),
         ("v6e", Case(model="smollm2-135m", array=True)),
+        *((tpu, Case(model="dim 64", keys="int3", values="int3")) for tpu in ("v5e", "v6e", "7x")),
+        ("7x", Case(keys="int3", values="int3")),
+        ("v5e", Case(keys="int2 by 128 slots, gain by slot", values="int2, gain by 128 slots")),
         ("v6e", Case(keys="int8", **LATENT)),
         ("v5e", Case(op="prefill", keys="bf16", values="bf16", batch=2, tokens=1024)),
         ("v6e", Case(op="append", keys="int4", values="int4")),
     ]
     rows = compiled(python, cases)
     assert [problem(row) for row in rows] == [None] * len(cases)
-    assert all(row["temporaries"] < row["stored"] / 10 for row in rows[:3])
+    assert all(row["temporaries"] < row["stored"] / 10 for row in [*rows[:6], rows[7]])
+    assert all(row["arguments"] < 1.01 * row["stored"] for row in rows[2:6]), "rows are padded in memory"
 
 
 def test_refusals_say_why(python):
@@ -66,7 +71,7 @@ def test_decode_keeps_to_its_budget_of_bundles(python):
     assert [problem(row) for row in rows] == [None] * len(cases)
     per_step = [row["vectors"] / math.prod(row["grid"]) for row in rows]
     found = [1024 * row["steady"]["bundles"] / vectors for row, vectors in zip(rows, per_step, strict=True)]
-    assert [bundles <= budget for bundles, budget in zip(found, BUDGET.values(), strict=True)] == [True] * 4, found
+    assert [bundles <= budget for bundles, budget in zip(found, BUDGET.values(), strict=True)] == [True] * len(found), found
     assert min(found) > 50, "fewer than the matrix unit alone needs: the loop was not found"
 
 

@@ -19,6 +19,7 @@ from cache_helpers import (
     numpy_rope,
     numpy_softmax,
     oracle,
+    plain,
     qkv,
     quick_jit,
     run,
@@ -28,6 +29,7 @@ from cache_helpers import (
 import memjax as mj
 from memjax.cache import RecurrentSpec, evict, offload, quantize
 from memjax.quantize import Fp8, Int4, Int8
+from memjax.quantize.front import OFF
 
 SINKS, TAIL, SEEN, MORE = 4, 8, 42, 7
 TEXT = qkv(0, tokens=SEEN + MORE)
@@ -38,7 +40,7 @@ HISTORY = SEEN - SINKS - TAIL
 @functools.cache
 def filled(text=str(WINDOWS)):
     """A cache that has taken in ``SEEN`` tokens."""
-    return run(mj.policy(text).init(SPEC), tuple(x[:, :SEEN] for x in TEXT), [7] * 6)[1]
+    return run(plain(text).init(SPEC), tuple(x[:, :SEEN] for x in TEXT), [7] * 6)[1]
 
 
 def next_outputs(cache):
@@ -52,8 +54,9 @@ CODECS = [Int8(), Int4(rotate=True), Fp8(format="e5m2")]
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.fmt)
 def test_quantize(codec):
     before = filled()
-    after = quick_jit(lambda cache: quantize(cache, codec))(before)
-    assert after.policy == mj.chain(WINDOWS, dataclasses.replace(mj.dense(), codec=codec))
+    coded = dataclasses.replace(mj.dense(), codec=codec, front=OFF)
+    after = quick_jit(lambda cache: quantize(cache, coded))(before)
+    assert after.policy == mj.chain(WINDOWS, coded)
     assert mj.nbytes(after) == mj.predict_nbytes(after.policy, SPEC)
     assert mj.nbytes(after).bits_per_value == 8 * mj.nbytes(after).history / mj.nbytes(after).history_values
     assert mj.nbytes(after).bits_per_value <= 9
@@ -91,7 +94,8 @@ def test_offload_of_a_ring():
 
 def test_offload_and_quantize_commute():
     def both(cache):
-        return quantize(offload(cache, mj.host(8, 4)), mj.int8()), offload(quantize(cache, mj.int8()), mj.host(8, 4))
+        int8 = plain("int8")
+        return quantize(offload(cache, mj.host(8, 4)), int8), offload(quantize(cache, int8), mj.host(8, 4))
 
     one, other = quick_jit(both)(filled())
     assert jax.tree.structure(one) == jax.tree.structure(other)
@@ -164,8 +168,8 @@ def test_evict_and_quantize_commute():
 
     def both(cache):
         return (
-            quantize(evict(cache, scores, BUDGET, ROOM), mj.int4()),
-            evict(quantize(cache, mj.int4()), scores, BUDGET, ROOM),
+            quantize(evict(cache, scores, BUDGET, ROOM), plain("int4")),
+            evict(quantize(cache, plain("int4")), scores, BUDGET, ROOM),
         )
 
     one, other = quick_jit(both)(filled())

@@ -9,11 +9,12 @@ from jaxtyping import Array, Float, Int
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.layer import LayerCache, Segment, leaving_count, staged_positions
 from memjax.offload import pool
-from memjax.pallas_kernels.decode import decode
+from memjax.pallas_kernels.decode import Centre, decode
 from memjax.pallas_kernels.merge import merge
 from memjax.pallas_kernels.prefill import prefill
 from memjax.pallas_kernels.slots import FREE, Positions, Span
 from memjax.pallas_kernels.slots import positions as as_array
+from memjax.quantize.front import centre_term, prepare_queries, restore_outputs
 
 DECODE_TOKENS = 8  # with more new tokens than these, kernels work on blocks of query rows
 
@@ -99,7 +100,15 @@ class _Reader:
         batch, tokens, _, dim = q.shape
         return q.swapaxes(1, 2).reshape(batch, self.spec.kv_heads, self.groups * tokens, dim)
 
-    def _attend(self, q: Array, segment: Segment, k_pos: Positions, implementation: str | None, q_pos: Array | None = None):
+    def _attend(
+        self,
+        q: Array,
+        segment: Segment,
+        k_pos: Positions,
+        implementation: str | None,
+        q_pos: Array | None = None,
+        centre: Centre | None = None,
+    ):
         """Attention over one segment; ``q_pos``: where the queries stand, if not at ``self.positions``."""
         coded = self.spec.coded_dim
         arguments = {
@@ -114,11 +123,11 @@ class _Reader:
             "implementation": implementation,
         }
         q = q[..., :coded]
-        if self.in_blocks and q_pos is None:
+        if self.in_blocks and q_pos is None and centre is None:
             start = self.positions[:, 0]
             return prefill(q, segment.k, segment.v, q_start=start, groups=self.groups, **arguments)
         q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
-        return decode(q, segment.k, segment.v, q_pos=q_pos, **arguments)
+        return decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, **arguments)
 
     def recent_parts(self):
         """Sinks, tail and staged tokens: all dense, so one segment (without the sinks if those see other queries).
@@ -162,17 +171,20 @@ class _Reader:
 
     def history_parts(self):
         """The coded history, in the codec's basis, and the older part of it in host memory."""
-        cache, codec, coded = self.cache, self.cache.policy.codec, self.spec.coded_dim
-        q = jnp.concatenate([codec.into_basis(self.q[..., :coded]), self.q[..., coded:]], axis=-1)
-        parts = [self._attend(q, cache.history, history_positions(cache), self.kernels)]
+        cache, codec, coded, basis = self.cache, self.cache.policy.codec, self.spec.coded_dim, self.cache.basis
+        centre = centre_term(basis, self.q[..., :coded], self.spec)
+        prepared = codec.keys.into_basis(prepare_queries(basis, self.q[..., :coded]))
+        q = jnp.concatenate([prepared, self.q[..., coded:]], axis=-1)
+        parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre)]
         if cache.host is not None:
-            parts.append(self._host_part(q))
-        return [(codec.out_of_basis(out), lse) for out, lse in parts]
+            parts.append(self._host_part(q, centre))
+        values = codec.keys if self.spec.latent_dim else codec.values
+        return [(restore_outputs(basis, values.out_of_basis(out), lse, self.spec), lse) for out, lse in parts]
 
-    def _host_part(self, q: Array):
+    def _host_part(self, q: Array, centre: Centre | None):
         """Streams the host pool page by page; only a page at a time is on the device."""
         cache, page = self.cache, self.cache.policy.tier.page
-        positions = _host_positions(cache)
+        positions = host_positions(cache)
 
         def one_page(i: int | Array):
             segment = pool.load_page(cache.host, cache.history, i)
@@ -180,7 +192,7 @@ class _Reader:
                 of_page = Span(positions.start + i * page, jnp.clip(positions.count - i * page, 0, page))
             else:
                 of_page = jax.lax.dynamic_slice_in_dim(positions, i * page, page, axis=-1)
-            return self._attend(q, segment, of_page, self.kernels)
+            return self._attend(q, segment, of_page, self.kernels, centre=centre)
 
         def step(carry, i: Array):
             return merge([carry, one_page(i)]), None
@@ -194,10 +206,10 @@ def _sink_positions(cache: LayerCache) -> Span:
 
 
 def _tail_positions(cache: LayerCache) -> Int[Array, "B 1 S"]:
-    """Slot j of the tail holds the newest committed position that is j modulo the tail's length."""
+    """Slot j of the tail holds the newest committed position that is j modulo the tail's length, if not the history does."""
     tail, length = cache.layout.tail, cache.length[:, None]
     position = length - 1 - (length - 1 - jnp.arange(tail, dtype=jnp.int32)) % tail
-    return jnp.where(position >= cache.layout.sinks, position, FREE)[:, None]
+    return jnp.where(position >= cache.layout.sinks + cache.written[:, None], position, FREE)[:, None]
 
 
 def _order_in_ring(written: Array, slots: int) -> Array:
@@ -221,13 +233,14 @@ def _from_first_slot(cache: LayerCache, count: Array) -> Span:
     return Span(jnp.full_like(cache.length, cache.layout.sinks), count)
 
 
-def _host_positions(cache: LayerCache) -> Positions:
-    """Positions of the host pool, but for the tokens that the device holds too and the padding of the last page."""
+def host_positions(cache: LayerCache, resident: bool = False) -> Positions:
+    """Positions of the host pool but for the padding of the last page; tokens that the device holds too: if ``resident``."""
     place = cache.layout
+    both = 0 if resident else place.resident
     if not place.ring:
-        return _from_first_slot(cache, jnp.clip(cache.written - place.resident, 0, place.slots))
+        return _from_first_slot(cache, jnp.clip(cache.written - both, 0, place.slots))
     order = _order_in_ring(cache.written, place.slots)
-    older = (order >= 0) & (order < cache.written[:, None] - place.resident)
+    older = (order >= 0) & (order < cache.written[:, None] - both)
     position = jnp.where(older, order + place.sinks, FREE)
     padding = place.host_slots - place.slots
     return jnp.pad(position, ((0, 0), (0, padding)), constant_values=FREE)[:, None]

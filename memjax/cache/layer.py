@@ -2,6 +2,8 @@
 
     sinks | history (codes; the part on the device) | host (codes) | tail (ring) | staged (new, exact)
 
+with, under a lossy codec, the basis of the codes (``memjax.quantize.front``).
+
 ``update`` stages new tokens, exact; ``attend`` reads every segment, merges them by log-sum-exp and commits the staged
 tokens: those older than the tail are encoded into the history. So a chunk of a prompt attends to the compressed past
 plus its exact self, and memory is bounded by the chunk.
@@ -24,7 +26,10 @@ from memjax.cache.layout import Layout, layout
 from memjax.cache.slots import take, write, write_ring
 from memjax.cache.spec import CacheSpec
 from memjax.offload import pool
-from memjax.pallas_kernels.codes import Codes, dense, zeros
+from memjax.pallas_kernels.codes import Codes, dense
+from memjax.quantize.calibration import load_basis
+from memjax.quantize.codec import Dense, KeyValueCodec
+from memjax.quantize.front import Basis, empty_basis, measure, observe, prepare_keys, prepare_values
 
 if TYPE_CHECKING:
     from memjax.cache.policy import CachePolicy
@@ -50,7 +55,7 @@ class Segment:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sinks", "history", "host", "tail", "staged", "staged_count", "length", "written"],
+    data_fields=["sinks", "history", "host", "tail", "staged", "staged_count", "length", "written", "basis"],
     meta_fields=["policy", "spec"],
 )
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class LayerCache:
       staged_count: int32 [B], how many of the staged tokens are real (the others are padding).
       length: int32 [B], tokens committed.
       written: int32 [B], tokens that have entered the history.
+      basis: statistics in which the history is coded; None without a front end.
       policy, spec: static.
     """
 
@@ -75,6 +81,7 @@ class LayerCache:
     staged_count: Array | None
     length: Array
     written: Array
+    basis: Basis | None
     policy: CachePolicy
     spec: CacheSpec
 
@@ -83,35 +90,42 @@ class LayerCache:
         return layout(self.policy, self.spec)
 
 
-def init_layer(policy: CachePolicy, spec: CacheSpec) -> LayerCache:
-    """An empty cache."""
+def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCache:
+    """An empty cache; ``layer``: which of the model's layers, for policies with a calibration file."""
     policy.validate(spec)
     place, codec = layout(policy, spec), policy.codec
 
-    def segment(slots: int, key_fmt: str, value_fmt: str) -> Segment | None:
+    def segment(slots: int, codec: KeyValueCodec) -> Segment | None:
         if slots == 0:
             return None
         lead = (spec.batch, spec.kv_heads)
         latent = spec.latent_dim is not None
         return Segment(
-            k=zeros(key_fmt, (*lead, spec.coded_dim, slots), spec.dtype),
-            v=None if latent else zeros(value_fmt, (*lead, spec.value_dim, slots), spec.dtype),
-            extra=zeros("dense", (*lead, spec.extra_dim, slots), spec.dtype) if spec.extra_dim else None,
+            k=codec.keys.zeros((*lead, spec.coded_dim, slots), spec.dtype),
+            v=None if latent else codec.values.zeros((*lead, spec.value_dim, slots), spec.dtype),
+            extra=Dense().zeros((*lead, spec.extra_dim, slots), spec.dtype) if spec.extra_dim else None,
         )
 
-    host = segment(place.host_slots, codec.fmt, codec.fmt)
+    host = segment(place.host_slots, codec)
     return LayerCache(
-        sinks=segment(place.sinks, "dense", "dense"),
-        history=segment(place.resident, codec.fmt, codec.fmt),
+        sinks=segment(place.sinks, Dense()),
+        history=segment(place.resident, codec),
         host=None if host is None else pool.store(host, policy.tier.page),
-        tail=segment(place.tail, "dense", "dense"),
+        tail=segment(place.tail, Dense()),
         staged=None,
         staged_count=None,
         length=jnp.zeros((spec.batch,), jnp.int32),
         written=jnp.zeros((spec.batch,), jnp.int32),
+        basis=init_basis(policy, spec, layer) if place.slots else None,
         policy=policy,
         spec=spec,
     )
+
+
+def init_basis(policy: CachePolicy, spec: CacheSpec, layer: int) -> Basis | None:
+    """What the codec's front end starts from: nothing measured yet, or a calibration file."""
+    front = policy.resolved_front()
+    return load_basis(front.calibration, spec, layer) if front.calibration else empty_basis(front, spec)
 
 
 def update(
@@ -119,6 +133,8 @@ def update(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"] | None = None,
     lengths: Int[Array, "B"] | None = None,
+    queries: Float[Array, "B T N H"] | None = None,
+    output_projection: Float[Array, "N H D"] | None = None,
 ) -> LayerCache:
     """Stages new tokens: a whole prompt, a chunk of it, or one decode step.
 
@@ -127,15 +143,20 @@ def update(
       v: values; None for a latent stream.
       lengths: how many of the T tokens of each row are real, for ragged batches; the others, on the right, are ignored,
         whatever they hold.
+      queries: the new tokens' queries, rotated as little as the keys, from which a codec's channels are balanced; used
+        until a row's first token enters the history.
+      output_projection: what the outputs are multiplied with, from which channels of the values are balanced.
 
     Returns:
       The cache with the tokens staged. Tokens staged before are committed first.
 
     Raises:
-      ValueError: shapes that do not fit the spec.
+      ValueError: shapes that do not fit the spec, or no queries for a policy that asks for ``balance=channels``.
     """
     spec = cache.spec
     _check_new_tokens(spec, k, v, lengths)
+    if queries is None and cache.policy.resolved_front().balance == "channels":
+        raise ValueError("balance=channels needs update(..., queries=q); give them, or use balance=off")
     cache = commit(cache)
     if lengths is None:
         count = jnp.full((spec.batch,), k.shape[1], jnp.int32)
@@ -152,7 +173,38 @@ def update(
         v=None if v is None else dense(v),
         extra=dense(k[:, :, spec.coded_dim :]) if spec.extra_dim else None,
     )
-    return dataclasses.replace(cache, staged=staged, staged_count=count)
+    cache = dataclasses.replace(cache, staged=staged, staged_count=count)
+    if cache.basis is None or cache.policy.resolved_front().calibration:
+        return cache
+    return _measured(cache, queries, output_projection)
+
+
+def _measured(cache: LayerCache, queries: Array | None, output_projection: Array | None) -> LayerCache:
+    """The cache with the basis of rows whose first token leaves for the history with what is staged now."""
+    spec, basis, place = cache.spec, cache.basis, cache.layout
+    tokens = cache.staged.slots
+    if queries is not None:
+        at = staged_positions(cache, tokens)
+        if isinstance(spec.rope, Rope):
+            queries = apply_rope(queries, at, spec.rope, spec.capacity)
+        basis = observe(basis, queries, at - cache.length[:, None] < cache.staged_count[:, None])
+    first = (cache.written == 0) & (leaving_count(cache) > 0)
+
+    def measured(basis: Basis) -> Basis:
+        staged, position = _cast(cache.staged, jnp.float32), staged_positions(cache, tokens)
+        real = position - cache.length[:, None] < cache.staged_count[:, None]
+        if cache.tail is not None:  # nothing has left it yet: slot j holds token sinks + something that is j modulo the tail
+            tail, slot = _cast(cache.tail, jnp.float32), jnp.arange(place.tail, dtype=jnp.int32)
+            held = place.sinks + (slot - place.sinks) % place.tail
+            staged = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), tail, staged)
+            position = jnp.concatenate([jnp.broadcast_to(held, (spec.batch, place.tail)), position], axis=-1)
+            real = jnp.concatenate([held < cache.length[:, None], real], axis=-1)
+        real &= position >= place.sinks
+        v = None if staged.v is None else staged.v.data
+        new = measure(basis, staged.k.data, v, position[:, None], real[:, None], spec, output_projection)
+        return jax.tree.map(lambda a, b: jnp.where(first[:, None, None], a, b), new, basis)
+
+    return dataclasses.replace(cache, basis=jax.lax.cond(jnp.any(first), measured, lambda basis: basis, basis))
 
 
 def _check_new_tokens(spec: CacheSpec, k: Array, v: Array | None, lengths: Array | None) -> None:
@@ -203,27 +255,40 @@ def commit(cache: LayerCache) -> LayerCache:
 
 def _commit_history(cache: LayerCache) -> tuple[Segment | None, Segment | None, Array]:
     """Encodes the tokens that leave the tail (or skip it) and writes them behind the history."""
-    place, written = cache.layout, cache.written
-    block, position, count = _leaving(cache)
-    written_after = written + count
+    written_after = cache.written + leaving_count(cache)
     if cache.history is None:
         return None, None, written_after
-    codec, spec = cache.policy.codec, cache.spec
-    coded = Segment(
-        k=codec.encode(block.k.data, spec.dtype),
-        v=None if block.v is None else codec.encode(block.v.data, spec.dtype),
-        extra=None if block.extra is None else dense(block.extra.data, spec.dtype),
-        pos=None,
-    )
+    if cache.layout.tile == 1:
+        return *_write_history(cache), written_after
+    # Most steps fill no tile, and encoding one is dear.
+    anything = jnp.any(written_after > cache.written)
+    return *jax.lax.cond(anything, _write_history, lambda cache: (cache.history, cache.host), cache), written_after
+
+
+def _write_history(cache: LayerCache) -> tuple[Segment, Segment | None]:
+    place, written, spec = cache.layout, cache.written, cache.spec
+    block, position, count = _leaving(cache)
+    coded = encode(block, position[:, None], cache.policy.codec, cache.basis, spec)
     stored, tiered = coded, cache.host is not None
     if cache.history.pos is not None:
         shape = (spec.batch, spec.kv_heads, position.shape[1])
         stored = dataclasses.replace(coded, pos=jnp.broadcast_to(position[:, None], shape))
     history = (write_ring if place.ring or tiered else write)(cache.history, stored, written, count)
     if not tiered:
-        return history, None, written_after
-    source = _source(written, written_after, place)
-    return history, pool.write(cache.host, coded, source, cache.policy.tier.page), written_after
+        return history, None
+    source = _source(written, written + count, place)
+    return history, pool.write(cache.host, coded, source, cache.policy.tier.page)
+
+
+def encode(block: Segment, position: Array, codec: KeyValueCodec, basis: Basis | None, spec: CacheSpec) -> Segment:
+    """Codes of a dense block of tokens at ``position`` [B, 1|K, T]."""
+    k = prepare_keys(basis, block.k.data, position, spec)
+    v = None if block.v is None else prepare_values(basis, block.v.data)
+    return Segment(
+        k=codec.keys.encode(k, spec.dtype),
+        v=None if v is None else codec.values.encode(v, spec.dtype),
+        extra=None if block.extra is None else dense(block.extra.data, spec.dtype),
+    )
 
 
 def _source(written: Array, written_after: Array, place: Layout) -> Int[Array, "B S"]:
@@ -236,22 +301,28 @@ def _source(written: Array, written_after: Array, place: Layout) -> Int[Array, "
 
 def leaving_count(cache: LayerCache) -> Int[Array, "B"]:
     """How many tokens enter the history when the staged ones are committed."""
-    place, start = cache.layout, cache.length
-    first, end = (jnp.maximum(at - place.tail, place.sinks) for at in (start, start + cache.staged_count))
-    return end - first
+    end = cache.length + cache.staged_count
+    return _entered(cache, end) - _entered(cache, cache.length)
+
+
+def _entered(cache: LayerCache, length: Array) -> Int[Array, "B"]:
+    """How many tokens of a text of ``length`` are in the history: all but the sinks and the tail, in whole tiles."""
+    place = cache.layout
+    return jnp.maximum(length - place.kept - place.sinks, 0) // place.tile * place.tile
 
 
 def _leaving(cache: LayerCache) -> tuple[Segment, Array, Array]:
-    """The staged step's tokens for the history: a block of T in text order, their positions, and how many are real."""
+    """The staged step's tokens for the history: a block in text order, their positions, and how many are real."""
     place, start, staged = cache.layout, cache.length, cache.staged
     count = leaving_count(cache)
-    first = jnp.maximum(start - place.tail, place.sinks)
-    position = first[:, None] + jnp.arange(staged.slots, dtype=jnp.int32)
+    first = place.sinks + _entered(cache, start)
+    size = (staged.slots + place.tile - 1) // place.tile * place.tile
+    position = first[:, None] + jnp.arange(size, dtype=jnp.int32)
     if place.sinks == 0 and place.tail == 0:
         return staged, position, count
     if cache.tail is None:
         source, offset = staged, position - start[:, None]
-    elif staged.slots <= place.tail:  # what leaves has been in the tail
+    elif staged.slots <= place.kept:  # what leaves has been in the tail
         source, offset = _cast(cache.tail, staged.k.data.dtype), position % place.tail
     else:
         tail = _cast(cache.tail, staged.k.data.dtype)

@@ -18,7 +18,9 @@ class Layout:
 
     Attributes:
       sinks: first tokens, dense, kept for ever.
-      tail: newest tokens, dense, in a ring (slot = position mod tail).
+      tail: newest tokens, dense, in a ring (slot = position mod tail). With tiles it has room for one that is not full yet.
+      kept: tokens that stay in the tail when all whole tiles have left it.
+      tile: tokens that enter the history together.
       slots: history slots. Token number o to enter the history sits in slot o, or o mod slots when ``ring``.
       ring: the history forgets its oldest token for a new one.
       recent: an evictor's window, at most what the capacity leaves for it: keys at this distance are gone (sinks apart).
@@ -29,6 +31,8 @@ class Layout:
 
     sinks: int
     tail: int
+    kept: int
+    tile: int
     slots: int
     ring: bool
     recent: int | None
@@ -48,16 +52,22 @@ def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
         keep = sinks + recent
     if spec.window is not None:
         keep = min(keep, sinks + spec.window)
-    tail = min(windows.recent, keep - sinks)
-    slots = keep - sinks - tail
+    ring, tile = evictor is not None or keep < spec.capacity, policy.codec.tile
+    kept = min(windows.recent, keep - sinks)
+    slots = keep - sinks - kept
+    # In a ring a tile takes the place of one that the window has left altogether.
+    slots = (-(-slots // tile) if ring else slots // tile) * tile
+    tail = kept + tile - 1 if slots else keep - sinks
     resident, host_slots = slots, 0
     if tier is not None and tier.resident < slots:
         resident, host_slots = tier.resident, -(-slots // tier.page) * tier.page
     return Layout(
         sinks=sinks,
         tail=tail,
+        kept=kept if slots else tail,
+        tile=tile,
         slots=slots,
-        ring=evictor is not None or keep < spec.capacity,
+        ring=ring,
         recent=recent,
         resident=resident,
         host_slots=host_slots,

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from memjax.cache.layout import layout
 from memjax.cache.policy import AnyLayerCache, CachePolicy, ModelCache, Policy
 from memjax.cache.recurrent import RecurrentCache
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec
-from memjax.pallas_kernels.codes import nbytes_per_vector
+from memjax.quantize.codec import Dense, KeyValueCodec
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Bytes:
       history: the coded history on every tier, scales, stored positions and page padding included.
       windows: sinks, tail and staged tokens, dense.
       state: recurrent states.
+      basis: statistics of a codec's front end.
       counters: lengths and the like.
       history_values: numbers (keys and values) that the slots of the history stand for, device and host copies apart.
     """
@@ -37,6 +39,7 @@ class Bytes:
     history: int = 0
     windows: int = 0
     state: int = 0
+    basis: int = 0
     counters: int = 0
     history_values: int = 0
 
@@ -68,14 +71,15 @@ def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
         return sum((nbytes(layer) for layer in cache), Bytes())
     windows = _size((cache.sinks, cache.tail, cache.staged))
     counters = _size((cache.length, cache.written, cache.staged_count))
-    device, host = _size(cache.history), _size(cache.host)
+    device, host, basis = _size(cache.history), _size(cache.host), _size(cache.basis)
     slots = 0 if cache.history is None else cache.history.slots
     slots += 0 if cache.host is None else cache.layout.host_slots
     return Bytes(
-        device=windows + counters + device,
+        device=windows + basis + counters + device,
         host=host,
         history=device + host,
         windows=windows,
+        basis=basis,
         counters=counters,
         history_values=cache.spec.batch * slots * cache.spec.values_per_token,
     )
@@ -97,22 +101,35 @@ def _predict_attention(policy: CachePolicy, spec: CacheSpec) -> Bytes:
     place, vectors = layout(policy, spec), spec.batch * spec.kv_heads
     extra = spec.extra_dim * jnp.dtype(spec.dtype).itemsize
 
-    def slot_bytes(fmt: str) -> int:
-        streams = 1 if spec.latent_dim else 2
-        return vectors * (streams * nbytes_per_vector(fmt, spec.coded_dim, spec.dtype) + extra)
+    def slot_bytes(codec: KeyValueCodec) -> Fraction:
+        streams = [codec.keys] if spec.latent_dim else [codec.keys, codec.values]
+        bits = sum(Fraction(each.bits_per_value(spec.coded_dim, spec.dtype)) for each in streams)
+        return vectors * (bits * spec.coded_dim / 8 + extra)
 
-    device = place.resident * slot_bytes(policy.codec.fmt)
-    host = place.host_slots * slot_bytes(policy.codec.fmt)
-    windows = (place.sinks + place.tail) * slot_bytes("dense")
+    device = int(place.resident * slot_bytes(policy.codec))
+    host = int(place.host_slots * slot_bytes(policy.codec))
+    windows = int((place.sinks + place.tail) * slot_bytes(Dense()))
+    basis = _basis_numbers(policy, spec) * 4 if place.slots else 0
     counters = 2 * 4 * spec.batch
     return Bytes(
-        device=windows + counters + device,
+        device=windows + basis + counters + device,
         host=host,
         history=device + host,
         windows=windows,
+        basis=basis,
         counters=counters,
         history_values=spec.batch * (place.resident + place.host_slots) * spec.values_per_token,
     )
+
+
+def _basis_numbers(policy: CachePolicy, spec: CacheSpec) -> int:
+    """Numbers that the front end keeps: means and factors of each row, or one set of means and matrices from a file."""
+    front, streams = policy.resolved_front(), 1 if spec.latent_dim else 2
+    means = spec.kv_heads * spec.coded_dim
+    if front.calibration:
+        return streams * means * (1 + 2 * spec.coded_dim)
+    balanced = front.balance != "off"
+    return spec.batch * means * (streams * ((front.centre != "none") + balanced) + balanced)
 
 
 def dense_nbytes_per_token(spec: LayerSpec | Sequence[LayerSpec], itemsize: int = 2) -> int:

@@ -6,19 +6,26 @@ import inspect
 import re
 from collections.abc import Callable
 
-from memjax.cache import policy as parts
+from memjax.cache import parts
 from memjax.cache.policy import CachePolicy, chain
 
-PARTS: dict[str, Callable[..., CachePolicy]] = {
-    "dense": parts.dense,
-    "int8": parts.int8,
-    "int4": parts.int4,
-    "fp8": parts.fp8,
-    "streaming": parts.streaming,
-    "host": parts.host,
-    "protect": parts.protect,
-    "kernels": parts.kernels,
-}
+_NAMES = (
+    "dense",
+    "int8",
+    "int4",
+    "int2",
+    "fp8",
+    "nf4",
+    "nvfp4",
+    "turboquant",
+    "kivi",
+    "kvarn",
+    "streaming",
+    "host",
+    "protect",
+    "kernels",
+)
+PARTS: dict[str, Callable[..., CachePolicy]] = {name: getattr(parts, name) for name in _NAMES}
 _PART = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
 
 

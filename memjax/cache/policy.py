@@ -24,7 +24,8 @@ from memjax.cache.recurrent import RecurrentCache, init_recurrent
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec, check_integers
 from memjax.evict import Streaming
 from memjax.offload import HostTier
-from memjax.quantize import Codec, Dense, Fp8, Int4, Int8
+from memjax.quantize import Dense, FrontEnd, KeyValueCodec
+from memjax.quantize.calibration import check_fingerprint
 
 AnyLayerCache = LayerCache | RecurrentCache
 ModelCache = tuple[AnyLayerCache, ...]
@@ -64,15 +65,17 @@ class CachePolicy:
       tier: where the history lives; None: on the device.
       windows: what is protected from the codec; None: 4 sinks and 64 recent tokens for a lossy codec (with an evictor,
         the evictor's sinks), nothing for a lossless one.
+      front: what is done to keys and values before they are coded; None: what is usual for the codec.
       kernels: how the history is read, see ``kernels``; None: with kernels that were checked on the hardware at hand,
         else with XLA.
     """
 
-    codec: Codec = Dense()
+    codec: KeyValueCodec = Dense()
     evictor: Streaming | None = None
     tier: HostTier | None = None
     windows: Windows | None = None
     kernels: str | None = None
+    front: FrontEnd | None = None
 
     def __post_init__(self):
         if self.kernels not in (None, *KERNELS):
@@ -89,9 +92,16 @@ class CachePolicy:
             windows = dataclasses.replace(windows, sinks=max(windows.sinks, self.evictor.sinks))
         return windows
 
+    def resolved_front(self) -> FrontEnd:
+        """The front end in force."""
+        return self.codec.front if self.front is None else self.front
+
     def validate(self, spec: CacheSpec) -> None:
         """Raises ValueError if this policy cannot serve ``spec``, with the reason."""
         self.codec.validate(spec.coded_dim)
+        self.resolved_front().resolved(spec)
+        if self.codec.tile > 1 and self.tier is not None:
+            raise ValueError(f"{self}: {self.codec.name} codes tiles of tokens, which the host tier cannot move yet")
         moves_positions = self.evictor is not None and self.evictor.positions == "cache" and self.evictor.sinks > 0
         if moves_positions and spec.rope == "applied":
             raise ValueError(
@@ -118,10 +128,12 @@ class CachePolicy:
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"] | None = None,
         lengths: Int[Array, "B"] | None = None,
+        queries: Float[Array, "B T N H"] | None = None,
+        output_projection: Float[Array, "N H D"] | None = None,
     ) -> LayerCache:
         """Stages new tokens, see ``memjax.cache.layer.update``."""
         self._check_own(cache)
-        return _update(cache, k, v, lengths)
+        return _update(cache, k, v, lengths, queries, output_projection)
 
     def attend(
         self, cache: LayerCache, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
@@ -140,7 +152,7 @@ class CachePolicy:
 
     def __str__(self) -> str:
         parts = [part for part in (self.evictor, self.codec, self.tier) if part is not None and part != Dense()]
-        texts = [_part_string(part) for part in parts]
+        texts = [_part_string(part, self.front if part is self.codec else None) for part in parts]
         if self.windows is not None:
             texts.append(f"protect({self.windows.sinks},{self.windows.recent})")
         if self.kernels is not None:
@@ -180,7 +192,7 @@ class LayerwisePolicy:
         return "; ".join([str(self.default), *texts])
 
 
-def _part_string(part) -> str:
+def _part_string(part, front: FrontEnd | None) -> str:
     """Name and the arguments that differ from the defaults: leading ones by position, the rest by keyword."""
     leading, keyword, positional = [], [], True
     for field in dataclasses.fields(part):
@@ -192,22 +204,25 @@ def _part_string(part) -> str:
             positional = False
             if value != field.default:
                 keyword.append(f"{field.name}={text}")
+    if front is not None:
+        usual = dataclasses.asdict(part.front)
+        keyword += [f"{name}={value}" for name, value in dataclasses.asdict(front).items() if value != usual[name]]
     arguments = leading + keyword
     return f"{part.name}({','.join(arguments)})" if arguments else part.name
 
 
-def _init(policy: Policy, spec: LayerSpec | Sequence[LayerSpec]) -> AnyLayerCache | ModelCache:
+def _init(policy: Policy, spec: LayerSpec | Sequence[LayerSpec], layer: int = 0) -> AnyLayerCache | ModelCache:
     if isinstance(spec, Sequence):
         if isinstance(policy, LayerwisePolicy):
             missing = [i for i, _ in policy.overrides if not -len(spec) <= i < len(spec)]
             if missing:
                 raise ValueError(f"per_layer names layers {missing}, but the model has {len(spec)} layers")
-        return tuple(_init(policy.for_layer(i, len(spec)), each) for i, each in enumerate(spec))
+        return tuple(_init(policy.for_layer(i, len(spec)), each, i) for i, each in enumerate(spec))
     if isinstance(policy, LayerwisePolicy):
         raise ValueError("a per_layer policy needs the specs of all layers, got one spec")
     if isinstance(spec, RecurrentSpec):
         return init_recurrent(spec)
-    return init_layer(policy, spec)
+    return init_layer(policy, spec, layer)
 
 
 def attend(
@@ -222,61 +237,13 @@ def abstract(policy: Policy, spec: LayerSpec | Sequence[LayerSpec]) -> AnyLayerC
     return jax.eval_shape(lambda: policy.init(spec))
 
 
-# ---- the parts, each a policy of its own ---------------------------------------------------------------------------
-
-
-def dense() -> CachePolicy:
-    """Keeps every token in the cache's dtype."""
-    return CachePolicy()
-
-
-def int8(rotate: bool = False) -> CachePolicy:
-    """Token-wise int8, see ``memjax.quantize.int8``."""
-    return CachePolicy(codec=Int8(rotate))
-
-
-def int4(rotate: bool = False) -> CachePolicy:
-    """Token-wise int4, see ``memjax.quantize.int4``."""
-    return CachePolicy(codec=Int4(rotate))
-
-
-def fp8(format: str = "e4m3", rotate: bool = False) -> CachePolicy:
-    """Token-wise float8, see ``memjax.quantize.fp8``."""
-    return CachePolicy(codec=Fp8(rotate, format))
-
-
-def streaming(sinks: int = 4, window: int = 1020, positions: str = "cache") -> CachePolicy:
-    """Attention sinks and a sliding window, see ``memjax.evict.streaming``."""
-    return CachePolicy(evictor=Streaming(sinks, window, positions))
-
-
-def host(resident: int = 256, page: int = 256) -> CachePolicy:
-    """History in host memory, see ``memjax.offload.host``."""
-    return CachePolicy(tier=HostTier(resident, page))
-
-
-def protect(sinks: int = 4, recent: int = 64) -> CachePolicy:
-    """Keeps the first and the newest tokens dense."""
-    return CachePolicy(windows=Windows(sinks, recent))
-
-
-def kernels(name: str = "pallas") -> CachePolicy:
-    """Reads the history with ``pallas`` (the Pallas kernels of the device at hand, experimental ones too) or with ``xla``.
-
-    Kernels serve all attention over the history; what a kernel cannot serve raises and says why.
-
-    Raises:
-      ValueError: another name.
-    """
-    return CachePolicy(kernels=name)
-
-
 def chain(*policies: CachePolicy) -> CachePolicy:
     """Composes policies that each say something about another axis; the order does not matter.
 
     Raises:
       ValueError: nothing to chain, something that is no policy of one layer, or two that speak about the same axis.
 
+    >>> from memjax.cache.parts import int4, streaming
     >>> print(chain(streaming(4, 1020), int4(rotate=True)))
     streaming(4,1020)+int4(rotate=true)
     """
@@ -303,7 +270,16 @@ def _combine(first: CachePolicy, second: CachePolicy) -> CachePolicy:
         if mine != getattr(empty, field):
             raise ValueError(f"cannot chain {first} and {second}: both decide {axis}; keep one of them")
         merged = dataclasses.replace(merged, **{field: theirs})
+        if field == "codec":  # the front end goes with it
+            merged = dataclasses.replace(merged, front=second.front)
     return merged
+
+
+def check_calibration(policy: Policy, layers: int, fingerprint: str) -> None:
+    """Raises ValueError if a layer's calibration file was measured on another model than that of ``fingerprint``."""
+    files = {policy.for_layer(i, layers).resolved_front().calibration for i in range(layers)}
+    for path in sorted(files - {""}):
+        check_fingerprint(path, fingerprint)
 
 
 def per_layer(default: CachePolicy, overrides: Mapping[int, CachePolicy]) -> LayerwisePolicy:
@@ -324,7 +300,7 @@ def protect_layers(policy: CachePolicy, count: int) -> Policy:
     check_integers("protect_layers", 0, count=count)
     if count == 0:
         return policy
-    return per_layer(policy, {i: dense() for j in range(count) for i in (j, -1 - j)})
+    return per_layer(policy, {i: CachePolicy() for j in range(count) for i in (j, -1 - j)})
 
 
 def lengths(cache: ModelCache) -> Int[Array, "B"]:

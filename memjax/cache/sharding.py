@@ -48,7 +48,8 @@ def shardings(
     def place(path, leaf) -> NamedSharding:
         names = [getattr(key, "name", None) for key in path]
         on_heads = heads is not None and leaf.ndim >= 3 and "conv" not in names
-        axes = (batch_axis, head_axis) if on_heads else (batch_axis,)
+        rows = None if names[0] == "basis" and leaf.shape[0] != spec.batch else batch_axis  # a calibrated basis serves all
+        axes = (rows, head_axis) if on_heads else (rows,)
         if names[0] == "host":  # pages lead
             return NamedSharding(mesh, PartitionSpec(None, *axes), memory_kind=host_kind)
         return NamedSharding(mesh, PartitionSpec(*axes))

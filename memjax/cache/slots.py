@@ -30,10 +30,10 @@ def pad[Tree](tree: Tree, room: int, fill: int = 0) -> Tree:
 
 def write_ring[Tree](target: Tree, block: Tree, first: Int[Array, "B"], count: Int[Array, "B"]) -> Tree:
     """``write``, but slot numbers count modulo the slots, and of tokens that would share a slot the newest stays."""
-    slots, tokens = (jax.tree.leaves(tree)[0].shape[-1] for tree in (target, block))
+    slots, tokens = _slots(target), _slots(block)
     if tokens > slots:
         skipped = jnp.clip(count - slots, 0, tokens - slots)
-        block = jax.vmap(lambda row, at: _cut(row, at, slots))(block, skipped)
+        block = _by_run(lambda leaf, run: jax.vmap(lambda row, at: _cut(row, at, slots // run))(leaf, skipped // run), block)
         first, count = first + skipped, count - skipped
     first %= slots
     target = write(target, block, first, count)
@@ -43,10 +43,21 @@ def write_ring[Tree](target: Tree, block: Tree, first: Int[Array, "B"], count: I
 def write[Tree](target: Tree, block: Tree, first: Int[Array, "B"], count: Int[Array, "B"]) -> Tree:
     """Token t < count[b] of each row of ``block``, leaves [B, K, ..., T], goes to slot first[b] + t of ``target``.
 
-    Slots that do not exist take nothing. In place where ``target`` is donated.
+    Leaves may have one entry per run of slots (scales of tiles); then ``first`` and ``count`` are multiples of the run. Slots
+    that do not exist take nothing. In place where ``target`` is donated.
     """
-    one = jax.tree.leaves(block)[0].shape[-1] == 1
-    return jax.tree.map(lambda leaf, new: (_write_one if one else _write_run)(leaf, new, first, count), target, block)
+    put = _write_one if _slots(block) == 1 else _write_run
+    return _by_run(lambda leaf, run, new: put(leaf, new, first // run, count // run), target, block)
+
+
+def _slots(tree) -> int:
+    return max(leaf.shape[-1] for leaf in jax.tree.leaves(tree))
+
+
+def _by_run[Tree](function, tree: Tree, *others: Tree) -> Tree:
+    """``function(leaf, slots per entry, *others)`` of every leaf."""
+    slots = _slots(tree)
+    return jax.tree.map(lambda leaf, *rest: function(leaf, slots // leaf.shape[-1], *rest), tree, *others)
 
 
 def _write_one(leaf: Array, new: Array, first: Array, count: Array) -> Array:

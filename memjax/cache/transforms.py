@@ -13,46 +13,58 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memjax.attention.attend import history_positions
-from memjax.cache.layer import LayerCache, Segment, commit
+from memjax.attention.attend import history_positions, host_positions
+from memjax.cache.layer import LayerCache, commit, encode, init_basis
 from memjax.cache.policy import CachePolicy, ModelCache
 from memjax.cache.recurrent import RecurrentCache
 from memjax.cache.slots import pad, take
 from memjax.offload import HostTier, pool
 from memjax.pallas_kernels.slots import FREE, positions
-from memjax.quantize import Codec, Dense
+from memjax.quantize import Dense, FrontEnd, KeyValueCodec
+from memjax.quantize.front import measure
 
 OneOrAll = LayerCache | ModelCache
 
 
-def quantize(cache: OneOrAll, codec: Codec | CachePolicy) -> OneOrAll:
+def quantize(cache: OneOrAll, codec: KeyValueCodec | CachePolicy) -> OneOrAll:
     """Encodes a dense history with ``codec`` (or with the codec of a policy such as ``mj.int4()``).
+
+    The front end measures the tokens of the history; no queries are known, so channels are balanced only by a calibration
+    file.
 
     Raises:
       ValueError: the history is coded already, the codec cannot serve the cache, or something that is no codec.
     """
-    codec = _one_axis("quantize", "codec", codec, Codec, "mj.int4()")
-    return _each(cache, lambda layer: _quantize(layer, codec))
+    front = codec.front if isinstance(codec, CachePolicy) else None
+    if isinstance(codec, CachePolicy):
+        codec = dataclasses.replace(codec, front=None)
+    codec = _one_axis("quantize", "codec", codec, KeyValueCodec, "mj.int4()")
+    return _each(cache, lambda layer, index: _quantize(layer, index, codec, front))
 
 
-def _quantize(cache: LayerCache, codec: Codec) -> LayerCache:
+def _quantize(cache: LayerCache, index: int, codec: KeyValueCodec, front: FrontEnd | None) -> LayerCache:
     if cache.policy.codec != Dense():
         raise ValueError(f"quantize starts from a dense history, but this one is {cache.policy.codec.name} already")
-    cache = commit(cache)
-    policy = dataclasses.replace(cache.policy, codec=codec, windows=cache.policy.resolved_windows())
-    policy.validate(cache.spec)
-
-    def encode(segment: Segment | None) -> Segment | None:
-        if segment is None:
-            return None
-        k = codec.encode(segment.k.data, cache.spec.dtype)
-        v = None if segment.v is None else codec.encode(segment.v.data, cache.spec.dtype)
-        return dataclasses.replace(segment, k=k, v=v)
-
-    host = None
+    if codec.tile > 1:
+        raise ValueError(f"{codec.name} codes tiles of {codec.tile} tokens: make the cache with it instead")
+    cache, spec = commit(cache), cache.spec
+    policy = dataclasses.replace(cache.policy, codec=codec, front=front, windows=cache.policy.resolved_windows())
+    policy.validate(spec)
+    if cache.history is None:
+        return dataclasses.replace(cache, policy=policy)
+    basis, position = init_basis(policy, spec, index), positions(history_positions(cache), cache.history.slots)
+    whole, at = cache.history, position
     if cache.host is not None:
-        host = pool.store(encode(pool.load(cache.host, cache.history)), cache.policy.tier.page)
-    return dataclasses.replace(cache, history=encode(cache.history), host=host, policy=policy)
+        whole = pool.load(cache.host, cache.history)
+        at = positions(host_positions(cache, resident=True), whole.slots)
+    if basis is not None and not policy.resolved_front().calibration:
+        v = None if whole.v is None else whole.v.data
+        basis = measure(basis, whole.k.data, v, at, at >= 0, spec, None)
+    history = encode(cache.history, position, codec, basis, spec)
+    history, host = dataclasses.replace(history, pos=cache.history.pos), None
+    if cache.host is not None:
+        host = pool.store(encode(whole, at, codec, basis, spec), cache.policy.tier.page)
+    return dataclasses.replace(cache, history=history, host=host, policy=policy, basis=basis)
 
 
 def evict(
@@ -77,13 +89,15 @@ def evict(
     if len(scores) != attention:
         raise ValueError(f"evict needs one array of scores per attention layer, {attention}, got {len(scores)}")
     remaining = iter(scores)
-    return _each(cache, lambda layer: _evict(layer, next(remaining), budget, room))
+    return _each(cache, lambda layer, _: _evict(layer, next(remaining), budget, room))
 
 
 def _evict(cache: LayerCache, scores: Array, budget: int, room: int) -> LayerCache:
     cache = commit(cache)
     if cache.history is None or cache.host is not None or cache.layout.ring:
         raise ValueError(f"evict needs a whole history on the device, but policy {cache.policy} keeps none; evict first")
+    if cache.layout.tile > 1:
+        raise ValueError(f"evict cannot take single tokens out of {cache.policy.codec.name}'s tiles; evict first")
     slots, heads = cache.history.slots, cache.spec.kv_heads
     if not 1 <= budget <= slots or room < 0:
         raise ValueError(f"evict needs 1 <= budget <= {slots} history slots and room >= 0, got {budget} and {room}")
@@ -112,7 +126,7 @@ def offload(cache: OneOrAll, tier: HostTier | CachePolicy) -> OneOrAll:
       ValueError: the history has a tier already, an eviction left holes in it, or something that is no tier.
     """
     tier = _one_axis("offload", "tier", tier, HostTier, "mj.host(256)")
-    return _each(cache, lambda layer: _offload(layer, tier))
+    return _each(cache, lambda layer, _: _offload(layer, tier))
 
 
 def _offload(cache: LayerCache, tier: HostTier) -> LayerCache:
@@ -142,5 +156,5 @@ def _one_axis(transform: str, field: str, given, kind: type, example: str):
 
 def _each(cache: OneOrAll, transform) -> OneOrAll:
     if isinstance(cache, LayerCache):
-        return transform(cache)
-    return tuple(layer if isinstance(layer, RecurrentCache) else transform(layer) for layer in cache)
+        return transform(cache, 0)
+    return tuple(each if isinstance(each, RecurrentCache) else transform(each, i) for i, each in enumerate(cache))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from memjax.cache.layer import LayerCache
 from memjax.cache.ledger import dense_nbytes_per_token, nbytes
 from memjax.cache.policy import CachePolicy, ModelCache, Policy
 from memjax.evaluate.passkey import Passkey
@@ -77,74 +78,127 @@ def compare(
 
     Raises:
       ValueError: no policies, a text too short, or a policy that cannot serve the model; before anything is computed.
+      FloatingPointError: a policy gave NaN.
     """
     setup = setup or Setup()
     if not policies:
         raise ValueError("compare needs at least one policy")
-    if len(tokens) < 2:
-        raise ValueError(f"compare needs a text of at least 2 tokens, got {len(tokens)}")
-    question = passkey.question_tokens(model.tokenizer) if passkey else [int(tokens[-1])]
+    question = passkey.question_tokens(model.tokenizer) if passkey else [int(token) for token in tokens[-1:]]
     new = max(setup.decode_tokens, passkey.answer_length(model.tokenizer) if passkey else 0)
-    capacity = len(tokens) + len(question) + new
-    reader = _Reader(model, capacity, setup)
-    runs = [reader.start(policy, setup.cache_dtype, setup.static) for policy in policies]
-    reference = reader.start(CachePolicy(), None, False)
-    ids = jnp.asarray(tokens, jnp.int32)
-    for start in range(0, len(tokens), setup.chunk):
-        piece = ids[start : start + setup.chunk]
-        following = ids[start + 1 : start + 1 + setup.chunk]
-        wanted = reader.logits(reader.read(reference, piece), len(piece))
-        for run in runs:
-            run.measure(wanted, reader.logits(reader.read(run, piece), len(piece)), following)
-        if progress is not None:
-            progress(f"{min(start + setup.chunk, len(tokens))} of {len(tokens)} tokens")
+    reader = Reader(model, len(tokens) + len(question) + new, setup)
     rows = []
-    for run in runs:
-        ledger_bytes = nbytes(run.cache)
-        answer = reader.decode(run, question, new) if new else []
-        rows.append(_row(model, run, ledger_bytes, len(tokens), capacity, setup))
-        if passkey is not None:
-            rows[-1] |= passkey.judge(model.tokenizer, answer)
+    for reading in reader.read_text(tokens, [Job(policy, setup.static) for policy in policies], progress):
+        row = reader.row(reading)
+        if new:
+            answer = reader.decode(reading, question, new)
+            row["prefill_tokens_per_s"] = reading.read_rate
+            row["decode_tokens_per_s"] = _number(reading.decode_rate)
+            row |= passkey.judge(model.tokenizer, answer) if passkey else {}
+        rows.append(row)
         if progress is not None:
-            progress(f"{run.policy} done")
+            progress(f"{reading.job.policy} done")
     return rows
 
 
-class _Run:
-    """One policy on its way through the text."""
+@dataclass(frozen=True)
+class Job:
+    """A policy in one of the two settings."""
 
-    def __init__(self, policy: Policy, cache: ModelCache, step):
-        self.policy, self.cache, self.step = policy, cache, step
+    policy: Policy
+    static: bool = False
+
+
+REFERENCE = Job(CachePolicy())
+
+
+class Reading:
+    """One policy on its way through a text, and what was measured per token.
+
+    Attributes:
+      kld: nats to the reference, one piece per chunk.
+      agree: whether the most probable token is the reference's.
+      nll: negative log-likelihood of the token that follows; of the last token there is none.
+    """
+
+    def __init__(self, job: Job, cache: ModelCache, step):
+        self.job, self.cache, self.step = job, cache, step
         self.kld: list[np.ndarray] = []
         self.agree: list[np.ndarray] = []
         self.nll: list[np.ndarray] = []
         self.read_tokens, self.read_seconds, self.decode_rate = 0, 0.0, math.nan
 
+    @property
+    def read_rate(self) -> float:
+        """Tokens read per second."""
+        return self.read_tokens / self.read_seconds
+
+    def kld_per_token(self) -> Float[np.ndarray, "T"]:
+        """KL divergence of every token of the text."""
+        return np.concatenate(self.kld)
+
     def measure(self, wanted: Array, found: Array, following: Array) -> None:
         kld, agree, nll = (np.asarray(x) for x in _metrics(wanted, found, following))
+        if not np.isfinite(kld).all():
+            token = sum(map(len, self.kld)) + int(np.argmin(np.isfinite(kld)))
+            raise FloatingPointError(f"{self.job.policy} gave NaN at token {token}; try another policy or cache dtype")
         self.kld.append(kld)
         self.agree.append(agree)
         self.nll.append(nll)
 
 
-class _Reader:
-    """Compiled steps of one model, shared by all runs."""
+class Reader:
+    """Compiled steps of one model for one capacity: a job is compiled once, however many texts it reads."""
 
     def __init__(self, model: LanguageModel, capacity: int, setup: Setup):
         self.model, self.capacity, self.setup = model, capacity, setup
         self._logits = jax.jit(lambda decoder, hidden: decoder.logits(hidden))
+        self._steps: dict[tuple[Job, str | None], Callable] = {}
 
-    def start(self, policy: Policy, dtype: str | None, static: bool) -> _Run:
-        cache = self.model.init_cache(policy, 1, self.capacity, dtype)
+    def read_text(self, tokens: Sequence[int], jobs: Sequence[Job], progress: Progress | None = None) -> list[Reading]:
+        """All jobs and the reference through one text, side by side.
 
+        Raises:
+          ValueError: a text too short or a policy that cannot serve the model. FloatingPointError: a policy gave NaN.
+        """
+        if len(tokens) < 2:
+            raise ValueError(f"compare needs a text of at least 2 tokens, got {len(tokens)}")
+        runs = [self.start(job, self.setup.cache_dtype) for job in jobs]
+        reference = self.start(REFERENCE, None)
+        ids, chunk = jnp.asarray(tokens, jnp.int32), self.setup.chunk
+        for start in range(0, len(tokens), chunk):
+            piece, following = ids[start : start + chunk], ids[start + 1 : start + 1 + chunk]
+            wanted = self.logits(self.read(reference, piece), len(piece))
+            for run in runs:
+                run.measure(wanted, self.logits(self.read(run, piece), len(piece)), following)
+            if progress is not None:
+                progress(f"{min(start + chunk, len(tokens))} of {len(tokens)} tokens")
+        return runs
+
+    def start(self, job: Job, dtype: str | None) -> Reading:
+        """An empty cache and the compiled step that fills it.
+
+        Raises:
+          ValueError: the policy cannot serve the model, or not in the static setting.
+        """
+        cache = self.model.init_cache(job.policy, 1, self.capacity, dtype)
+        if job.static and self.setup.chunk > 1 and any(isinstance(one, LayerCache) and one.layout.ring for one in cache):
+            raise ValueError(
+                f"{job.policy} forgets tokens, by eviction or in layers with a sliding window: compressed before it is read, "
+                "a chunk would push out what its first tokens see. Use the accumulated setting or chunks of one token"
+            )
+        if (job, dtype) not in self._steps:
+            self._steps[job, dtype] = self._compile(job, cache)
+        return Reading(job, cache, self._steps[job, dtype])
+
+    def _compile(self, job: Job, cache: ModelCache) -> Callable:
         def step(decoder: Decoder, cache: ModelCache, tokens: Array, lengths: Array):
-            return decoder(tokens, cache, lengths, compress_first=static)
+            return decoder(tokens, cache, lengths, compress_first=job.static)
 
         tokens = jnp.zeros((1, self.setup.chunk), jnp.int32)
-        compiled = jax.jit(step, donate_argnums=1).lower(self.model.decoder, cache, tokens, jnp.ones((1,), jnp.int32))
-        return _Run(policy, cache, compiled.compile())
+        lowered = jax.jit(step, donate_argnums=1).lower(self.model.decoder, cache, tokens, jnp.ones((1,), jnp.int32))
+        return lowered.compile()
 
-    def read(self, run: _Run, piece: Int[Array, "T"]) -> Float[Array, "1 C D"]:
+    def read(self, run: Reading, piece: Int[Array, "T"]) -> Float[Array, "1 C D"]:
         padded = jnp.pad(piece, (0, self.setup.chunk - len(piece)))[None]
         begin = time.perf_counter()
         hidden, run.cache = run.step(self.model.decoder, run.cache, padded, jnp.asarray([len(piece)], jnp.int32))
@@ -156,7 +210,7 @@ class _Reader:
     def logits(self, hidden: Float[Array, "1 C D"], count: int) -> Float[Array, "T V"]:
         return self._logits(self.model.decoder, hidden)[0, :count]
 
-    def decode(self, run: _Run, question: list[int], new: int) -> list[int]:
+    def decode(self, run: Reading, question: list[int], new: int) -> list[int]:
         """Reads the question, generates ``new`` tokens greedily, and times the generation."""
         model, ids = self.model, jnp.asarray(question, jnp.int32)
         for start in range(0, len(question), self.setup.chunk):
@@ -173,6 +227,39 @@ class _Reader:
         run.decode_rate = new / (time.perf_counter() - begin)
         return [int(token) for token in sampled]
 
+    def row(self, run: Reading) -> Row:
+        """What ``compare`` promises, of a text that has been read."""
+        model, setup, capacity = self.model, self.setup, self.capacity
+        kld, agree, nll = (np.concatenate(x) for x in (run.kld, run.agree, run.nll))
+        held, specs = nbytes(run.cache), model.decoder.cache_specs(1, capacity)
+        sixteen_bit = capacity * dense_nbytes_per_token(specs)
+        values = capacity * sum(spec.values_per_token for spec in specs)
+        return {
+            "policy": str(run.job.policy),
+            "tokens": len(kld),
+            "bytes_device": held.device,
+            "bytes_host": held.host,
+            "bytes_disk": held.disk,
+            "bits_per_value": _number(held.bits_per_value),
+            "compression": sixteen_bit / held.total,
+            "kld_mean": float(kld.mean(dtype=np.float64)),
+            "kld_p95": float(np.percentile(kld, 95)),
+            "top1": float(agree.mean()),
+            "ppl": float(np.exp(nll.mean(dtype=np.float64))),
+            "prefill_tokens_per_s": run.read_rate,
+            "decode_tokens_per_s": _number(run.decode_rate),
+            "simulated": run.job.policy.simulated(),
+            "bytes_windows": held.windows,
+            "bits_total": 8 * held.total / values,
+            "capacity": capacity,
+            "chunk": setup.chunk,
+            "cache_dtype": setup.cache_dtype,
+            "setting": "static" if run.job.static else "accumulated",
+            "model": model.name,
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+        }
+
 
 @jax.jit
 def _metrics(wanted: Float[Array, "T V"], found: Float[Array, "T V"], following: Int[Array, "F"]):
@@ -182,38 +269,6 @@ def _metrics(wanted: Float[Array, "T V"], found: Float[Array, "T V"], following:
     agree = jnp.argmax(wanted, axis=-1) == jnp.argmax(found, axis=-1)
     nll = -jnp.take_along_axis(policy[: following.shape[0]], following[:, None], axis=-1)[:, 0]
     return kld, agree, nll
-
-
-def _row(model: LanguageModel, run: _Run, held, tokens: int, capacity: int, setup: Setup) -> Row:
-    kld, agree, nll = (np.concatenate(x) for x in (run.kld, run.agree, run.nll))
-    specs = model.decoder.cache_specs(1, capacity)
-    sixteen_bit = capacity * dense_nbytes_per_token(specs)
-    values = capacity * sum(spec.values_per_token for spec in specs)
-    return {
-        "policy": str(run.policy),
-        "tokens": tokens,
-        "bytes_device": held.device,
-        "bytes_host": held.host,
-        "bytes_disk": held.disk,
-        "bits_per_value": _number(held.bits_per_value),
-        "compression": sixteen_bit / held.total,
-        "kld_mean": float(kld.mean(dtype=np.float64)),
-        "kld_p95": float(np.percentile(kld, 95)),
-        "top1": float(agree.mean()),
-        "ppl": float(np.exp(nll.mean(dtype=np.float64))),
-        "prefill_tokens_per_s": run.read_tokens / run.read_seconds,
-        "decode_tokens_per_s": _number(run.decode_rate),
-        "simulated": run.policy.simulated(),
-        "bytes_windows": held.windows,
-        "bits_total": 8 * held.total / values,
-        "capacity": capacity,
-        "chunk": setup.chunk,
-        "cache_dtype": setup.cache_dtype,
-        "setting": "static" if setup.static else "accumulated",
-        "model": model.name,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
 
 
 def _number(value: float) -> float | None:

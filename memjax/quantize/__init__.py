@@ -1,8 +1,28 @@
 """Codecs: in how many bits a vector is kept. One method, one file."""
 
-from memjax.quantize.codec import Codec, Dense
+from memjax.quantize.blocks import NF4, NVFP4
+from memjax.quantize.codec import Codec, Dense, KeyValueCodec
 from memjax.quantize.fp8 import Fp8
+from memjax.quantize.front import FrontEnd
+from memjax.quantize.int2 import Int2
 from memjax.quantize.int4 import Int4
 from memjax.quantize.int8 import Int8
+from memjax.quantize.kivi import Kivi
+from memjax.quantize.kvarn import KVarN
+from memjax.quantize.turboquant import TurboQuant
 
-__all__ = ["Codec", "Dense", "Fp8", "Int4", "Int8"]
+__all__ = [
+    "NF4",
+    "NVFP4",
+    "Codec",
+    "Dense",
+    "Fp8",
+    "FrontEnd",
+    "Int2",
+    "Int4",
+    "Int8",
+    "KVarN",
+    "KeyValueCodec",
+    "Kivi",
+    "TurboQuant",
+]

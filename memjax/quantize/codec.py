@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from memjax.pallas_kernels.codes import Codes, absmax_encode, dense, nbytes_per_vector
+from memjax.quantize.front import OFF, FrontEnd
 from memjax.quantize.hadamard import hadamard_matrix, rotate, unrotate
 
 
 @dataclass(frozen=True)
-class Codec:
+class KeyValueCodec:
+    """A method: how keys and how values are coded. A ``Codec`` is the method that codes both alike.
+
+    ``front`` is what is done to them before, unless the policy says otherwise.
+    """
+
+    name: ClassVar[str] = "codec"
+    lossy: ClassVar[bool] = True
+    front: ClassVar[FrontEnd] = OFF
+
+    @property
+    def keys(self) -> Codec:
+        """The codec of the keys."""
+        raise NotImplementedError
+
+    @property
+    def values(self) -> Codec:
+        """The codec of the values."""
+        raise NotImplementedError
+
+    @property
+    def tile(self) -> int:
+        """Tokens that are encoded together: they enter the history in whole tiles."""
+        return math.lcm(self.keys.tile, self.values.tile)
+
+    def validate(self, dim: int) -> None:
+        """Raises ValueError if vectors of ``dim`` values cannot be encoded."""
+        for codec in (self.keys, self.values):
+            codec.validate(dim)
+
+
+@dataclass(frozen=True)
+class Codec(KeyValueCodec):
     """Encodes the vector of each slot on its own (token-wise, per kv head). Subclasses name a format of
     ``pallas_kernels.codes``. Vectors in slots lie along the axis before the last, [..., H, S]; queries and outputs are rows.
 
@@ -22,9 +57,19 @@ class Codec:
     ``out_of_basis``. Lossy codecs keep sinks and recent tokens dense unless the policy says otherwise.
     """
 
-    name: ClassVar[str] = "codec"
-    lossy: ClassVar[bool] = True
     rotate: bool = False
+
+    @property
+    def keys(self) -> Codec:
+        return self
+
+    @property
+    def values(self) -> Codec:
+        return self
+
+    @property
+    def tile(self) -> int:
+        return 1
 
     @property
     def fmt(self) -> str:
@@ -55,6 +100,11 @@ class Codec:
     def out_of_basis(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
         """The inverse of ``into_basis``, for outputs."""
         return unrotate(x) if self.rotate else x
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Codes:
+        """Zero bytes for vectors of shape [..., H, S]."""
+        like = jax.eval_shape(lambda: self.encode(jnp.zeros(shape, jnp.float32), dtype))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
 
     def bits_per_value(self, dim: int, dtype: DTypeLike = jnp.bfloat16) -> float:
         """Realised bits per value for vectors of ``dim`` values, scales and padding included."""

@@ -7,7 +7,8 @@ from jaxtyping import Array
 
 from memjax.pallas_kernels.codes import Codes
 from memjax.pallas_kernels.decode.reference import Centre
-from memjax.pallas_kernels.gpu_attention import Plan, attention_gpu, form_of, why_not
+from memjax.pallas_kernels.gpu_attention import Plan, attention_gpu, why_not
+from memjax.pallas_kernels.gpu_tile import form_of
 from memjax.pallas_kernels.merge import merge_stacked
 
 __all__ = ["decode_gpu", "why_not"]
@@ -56,7 +57,8 @@ def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, splits: int 
     batch, kv_heads, rows, _ = q.shape
     both = [codes for codes in (k, v) if codes is not None]
     widest = max(codes.dim for codes in both)
-    masked = any(form_of(codes).padded != codes.dim for codes in both)
+    forms = [form_of(codes) for codes in both]
+    masked = any(form.padded != form.dim for form in forms)
     tile = TILE // 2 if masked else TILE
     tile = tile if table is None else min(tile, k.slots)
     slots = k.slots if table is None else k.slots * table.shape[1]
@@ -64,6 +66,6 @@ def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, splits: int 
     programs = batch * kv_heads * -(-rows // block)
     if splits is None:
         splits = max(1, min(-(-2 * PROCESSORS // programs), slots // SHORTEST_PART))
-    looked_up = any(not isinstance(codes.grid, str) for codes in both)
-    warps = 8 if widest > 128 or centred or looked_up else 4
+    busy = any(form.decoded or not isinstance(form.grid, str) for form in forms)
+    warps = 8 if widest > 128 or centred or busy else 4
     return Plan(block, tile, min(splits, -(-slots // tile)), warps)

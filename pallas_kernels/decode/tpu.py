@@ -11,7 +11,7 @@ from memjax.pallas_kernels.codes import Codes
 from memjax.pallas_kernels.decode.reference import Centre
 from memjax.pallas_kernels.merge import merge_stacked
 from memjax.pallas_kernels.tpu_attention import attention_tpu
-from memjax.pallas_kernels.tpu_operands import Plan, cut_slots, why_not
+from memjax.pallas_kernels.tpu_operands import Plan, cut_slots, unit_of, why_not
 
 __all__ = ["decode_tpu", "why_not"]
 
@@ -59,10 +59,11 @@ def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, splits: int 
     batch, kv_heads, rows, _ = q.shape
     heads = HEADS_PER_STEP if kv_heads % HEADS_PER_STEP == 0 else kv_heads
     stored = sum(c.data.shape[-2] * c.data.dtype.itemsize for c in (k, v) if c is not None)
-    slots, size, pages = cut_slots(k, table, min(STEP_BYTES // (heads * stored), LONGEST_STEP))
+    unit = unit_of(k, v)
+    slots, size, pages = cut_slots(k, table, min(STEP_BYTES // (heads * stored), LONGEST_STEP), unit)
     steps = -(-slots // (size * pages))
     if splits is None:
         splits = 2 if tpu_generation(target().kind) in MEGACORE and batch * kv_heads // heads == 1 else 1
     splits = min(splits, steps)
     padded = -(-rows // 8) * 8
-    return Plan(heads, padded, 1, size, pages, -(-steps // splits), splits, slots, table is not None)
+    return Plan(heads, padded, 1, size, pages, -(-steps // splits), splits, slots, table is not None, unit=unit)

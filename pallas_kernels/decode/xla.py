@@ -6,6 +6,9 @@ log-sum-exp (FlashAttention, arXiv 2205.14135). Scales per slot multiply scores 
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -37,8 +40,9 @@ def decode_xla(
 ) -> tuple[Float[Array, "B K M Hv"], Float[Array, "B K M"], Float[Array, "B K S"] | None]:
     """Same meaning and arguments as ``decode_reference``, in memory bounded by ``block`` slots; no mass unless asked."""
     slots = k.slots if table is None else k.slots * table.shape[1]
-    if table is not None:
-        block = max(k.slots, block // k.slots * k.slots)
+    # A block holds whole pages, whole tiles of scales.
+    run = k.slots if table is not None else math.lcm(*(slots // leaf.shape[-1] for leaf in jax.tree.leaves((k, v, k_extra))))
+    block = max(run, block // run * run)
     k_pos = positions(k_pos, slots)
 
     def part(start: int | Array, size: int):
@@ -87,28 +91,37 @@ def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
 
 
 def _scores(q: Array, k: Codes) -> Array:
+    if k.gain is not None and not k.tiled(k.gain):
+        return _scores(q, dataclasses.replace(k, gain=None)) * _rows(k.gain)
     if not k.per_slot:
         return _dot(q, k.decode(q.dtype), (3, 2))
     scores = _dot(q, k.levels(q.dtype), (3, 2))
     if k.scale is not None:
-        scores = scores * k.scale.astype(jnp.float32)[:, :, None, :]
+        scores = scores * _rows(k.scale)
     if k.zero is not None:
-        scores += jnp.sum(q.astype(jnp.float32), axis=-1, keepdims=True) * k.zero.astype(jnp.float32)[:, :, None, :]
+        scores += jnp.sum(q.astype(jnp.float32), axis=-1, keepdims=True) * _rows(k.zero)
     return scores
+
+
+def _rows(factor: Array) -> Array:
+    """A factor per slot, [B, K, S], against scores."""
+    return factor.astype(jnp.float32)[:, :, None, :]
 
 
 def _weighted(probs: Array, values: Codes, mask: Array, dtype) -> Array:
     """Probabilities times values. Free slots may hold anything, a NaN scale included: their weight is 0, not 0 * NaN."""
+    if values.gain is not None and not values.tiled(values.gain):
+        weights = jnp.where(mask, probs * _rows(values.gain), 0.0)
+        return _weighted(weights, dataclasses.replace(values, gain=None), mask, dtype)
     if not values.per_slot:
         decoded = jnp.where(jnp.any(mask, axis=2)[:, :, None], values.decode(), 0.0)
         return _dot(probs.astype(dtype), decoded.astype(dtype), (3, 3))
     weights = probs
     if values.scale is not None:
-        weights = jnp.where(mask, probs * values.scale.astype(jnp.float32)[:, :, None, :], 0.0)
+        weights = jnp.where(mask, probs * _rows(values.scale), 0.0)
     out = _dot(weights.astype(dtype), values.levels(dtype), (3, 3))
     if values.zero is not None:
-        offset = jnp.where(mask, probs * values.zero.astype(jnp.float32)[:, :, None, :], 0.0)
-        out += jnp.sum(offset, axis=-1, keepdims=True)
+        out += jnp.sum(jnp.where(mask, probs * _rows(values.zero), 0.0), axis=-1, keepdims=True)
     return out
 
 
@@ -133,6 +146,6 @@ def _one_block(
     total = jnp.sum(probs, axis=-1)
     values = k if v is None else v
     # A probability times a scale is too small for float16.
-    dtype = jnp.float32 if q.dtype == jnp.float16 and values.scale is not None else q.dtype
+    dtype = jnp.float32 if q.dtype == jnp.float16 and (values.scale is not None or values.gain is not None) else q.dtype
     out = _weighted(probs, values, mask, dtype)
     return out / jnp.where(total > 0, total, 1.0)[..., None], peak + jnp.log(total), scores
