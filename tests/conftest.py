@@ -5,6 +5,7 @@ runs; neither is the default, so that a run depends on nothing but the code. Eig
 the machine: a test that times computation has to do it in a subprocess without XLA_FLAGS.
 """
 
+import gc
 import os
 
 VIRTUAL_DEVICES = 8
@@ -29,6 +30,14 @@ def pytest_configure(config):
             f"the tests need {VIRTUAL_DEVICES} virtual CPU devices, found {found}: "
             "a pytest plugin used jax before tests/conftest.py could set XLA_FLAGS"
         )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Every compiled program holds memory maps, of which Linux gives a process 65,530 and XLA dies at the limit."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

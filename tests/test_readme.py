@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from memjax import cli
-from memjax.evaluate.report import markdown
+from memjax.evaluate.report import codec_markdown, markdown
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,6 +58,11 @@ def test_shell_blocks_run(monkeypatch, tmp_path):
 def test_the_table_is_the_committed_result():
     rows = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     assert markdown(rows) in README
+
+
+def test_the_table_of_codecs_is_the_committed_result():
+    result = json.loads((ROOT / "benchmarks" / "results" / "kv_eval.json").read_text())
+    assert codec_markdown(result, "static") in README
 
 
 def test_named_files_exist():

@@ -139,7 +139,7 @@ def test_distortion_of_unit_vectors(bits):
         assert found[scale] == pytest.approx(target, rel=0.02), scale
     assert found["norm"] == pytest.approx(distortion(lloyd_max(bits, DIM), DIM), rel=0.01)
     gain = {2: 0.005, 3: 0.04, 4: 0.12}[bits]
-    assert found["search"] < found["least_squares"] * (1 - gain)
+    assert found["search"] < found["matched"] * (1 - gain)
     assert found["least_squares"] == min(found[scale] for scale in SCALES[:-1])
 
 

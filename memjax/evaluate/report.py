@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
+from memjax.cache.parse import policy as parse
 from memjax.evaluate.compare import Row
+from memjax.pallas_kernels.codes import BITS
 
 _SMALLEST_KLD = 1e-7  # what float32 can tell from zero; lower values are drawn here
 _COLOURS = ("#1f5fa8", "#c8682b", "#2c8a4a", "#b0303a", "#7a4fa3", "#7d5a45", "#c2519b", "#5c5c5c", "#7f7f12", "#138a99")
@@ -146,7 +149,8 @@ def _annotate(axes, name: str, at: tuple[float, float], place: tuple[float, floa
     dx, dy, side = place
     line = {"arrowstyle": "-", "lw": 0.7, "color": colour, "shrinkA": 0, "shrinkB": 4} if abs(dx) + abs(dy) > 24 else None
     offset = {"textcoords": "offset points", "ha": side, "va": "center", "arrowprops": line}
-    text = axes.annotate(name, at, (dx, dy), fontsize=9, color=colour, zorder=4, **offset)
+    in_lines = re.sub(r"(.{20,}?,)(?=.)", r"\1\n", name)
+    text = axes.annotate(in_lines, at, (dx, dy), fontsize=9, color=colour, zorder=4, **offset)
     renderer = axes.figure.canvas.get_renderer()
     text.update_positions(renderer)
     box = Text.get_window_extent(text, renderer)
@@ -371,4 +375,23 @@ def markdown(rows: Sequence[Row]) -> str:
             f"| `{row['policy']}` | {total:,} | {_show(row['bits_per_value'], '.2f')} | {row['compression']:.2f} | "
             f"{row['kld_mean']:.2g} | {row['top1']:.3f} | {row['ppl']:.2f} | {found} |"
         )
+    return "\n".join(lines)
+
+
+def codec_markdown(result: Mapping, setting: str) -> str:
+    """Codecs of an evaluation as a Markdown table: bits of their codes, realised bits, and quality on each text."""
+    rows = [row for row in result["rows"] if row["setting"] == setting]
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    header = "| codec | bits of a code, K/V | realised at head_dim 64 | at 128 | "
+    lines = [header + " | ".join(f"KL divergence, {text} | top-1" for text in texts) + " |"]
+    lines.append("|---|--:|--:|--:|" + "--:|--:|" * len(texts))
+    for name in dict.fromkeys(row["name"] for row in rows):
+        codec = parse(name).codec
+        streams = (codec.keys, codec.values)
+        realised = [sum(each.bits_per_value(dim) for each in streams) / 2 for dim in (64, 128)]
+        cells = [f"`{name}`", "/".join(f"{BITS[each.fmt]}" for each in streams), *(f"{bits:.4g}" for bits in realised)]
+        for text in texts:
+            (row,) = (row for row in rows if (row["name"], row["text"]) == (name, text))
+            cells += [f"{row['kld_mean']:.2g} ({row['kld_low']:.2g} to {row['kld_high']:.2g})", f"{row['top1']:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

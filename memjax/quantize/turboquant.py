@@ -10,8 +10,11 @@ calibration is needed. ``s`` is one bfloat16 per vector that holds norm, sqrt(H)
 ``matched``          |x| / |c|            lengths exact up to rounding ("norm correction" in vLLM)
 ``unbiased``         |x|^2 / <R x, c>     E <q, x'> = <q, x> (EDEN, arXiv 2202.08820; its note 2604.18555)
 ``least_squares``    <R x, c> / |c|^2     the smallest error that these codes allow (EDEN's biased scale)
-``search``           <R x, c> / |c|^2     the best of nine factors on y before it is rounded; the default of ``TurboQuant``
+``search``           |x| / |c|            as matched, with the best of nine factors on y before it is rounded
 ===================  ===================  ===================================================================
+
+``search`` is the default of ``TurboQuant``. A scale of least squares after the search has less error and is worse: SmolLM2's
+KL divergence at 2 bits in the static setting is .27 then, and .22 with lengths that are kept.
 
 Realised bits per value: bits + 16 / H, that is 4.25, 3.25, 2.25 at head_dim 64 and 4.125, 3.125, 2.125 at 128.
 
@@ -140,7 +143,7 @@ class Lloyd(Codec):
             return codes, step
         found = self._look_up(codes, levels)
         length, dot = jnp.sum(found * found, -2, keepdims=True), jnp.sum(found * y, -2, keepdims=True)
-        if self.scale == "matched":
+        if self.scale in ("matched", "search"):
             return codes, norm / jnp.sqrt(length)
         if self.scale == "unbiased":
             return codes, jnp.where(dot > 0, norm * norm / jnp.where(dot > 0, dot, 1.0), 0.0)
@@ -152,7 +155,7 @@ class Lloyd(Codec):
         return jnp.asarray(levels, jnp.float32)[codes.astype(jnp.int32) + levels.size // 2]
 
     def _search(self, y: Float[Array, "... H S"], norm: Float[Array, "... 1 S"]):
-        """Codes and scale of the factor with the smallest squared error, |y|^2 - <y, c>^2 / |c|^2."""
+        """Codes and scale of the factor with the smallest angle between ``y`` and its levels."""
         levels, unit = self._levels(y.shape[-2])
         factors = jnp.asarray(_FACTORS, jnp.float32)
         step = unit * norm / (y.shape[-2] ** 0.5 * factors.reshape(-1, *(1,) * y.ndim))
