@@ -26,6 +26,7 @@ MODELS: dict[str, dict] = {
 }
 TABLE, TABLE8 = tuple(range(-120, 120, 15)), tuple(range(-120, 120, 30))  # any 16, any 8 levels
 ROPE_PAIRS = 64
+LANES = 128
 V4_LACKS = ("int2", "e4m3", "int4 table", "int3 table")
 
 
@@ -33,13 +34,15 @@ V4_LACKS = ("int2", "e4m3", "int4 table", "int3 table")
 class Coding:
     """``Codes`` without its arrays: scales per slot, or per ``tile`` of (channels, slots); ``zero``: with zero points.
 
-    ``gain``: with gains, "slot" or per tile of (channels, slots).
+    ``scaled`` false: one number for the whole cache, which belongs into the queries and the output. ``gain``: with gains,
+    "slot" or per tile of (channels, slots).
     """
 
     fmt: str
     grid: str | tuple[int, ...] = "uniform"
     tile: tuple[int, int] | None = None
     zero: bool = False
+    scaled: bool = True
     gain: str | tuple[int, int] | None = None
 
 
@@ -47,6 +50,7 @@ CODINGS = {
     "bf16": Coding("dense"),
     "e4m3": Coding("e4m3"),
     "int8": Coding("int8"),
+    "int8, one scale": Coding("int8", scaled=False),
     "int4": Coding("int4"),
     "int3": Coding("int3"),
     "int2": Coding("int2"),
@@ -72,7 +76,7 @@ class Case:
     Attributes:
       op: decode, prefill, mla_decode, append; or JAX's paged_attention, ragged_paged_attention.
       tokens: new tokens per row of the batch.
-      page: slots of a page, None: contiguous.
+      page: slots of a page, None: contiguous. Small ones share blocks of 128.
       array: positions are an array, not a span.
       slots_per_step: overrides the step that the kernel would choose (JAX's kernels: slots of a block).
     """
@@ -156,7 +160,7 @@ def codes(coding: Coding, lead: tuple[int, ...], dim: int, slots: int):
         channels, run = tile
         return jax.ShapeDtypeStruct((*lead, dim // channels, slots // run), SCALE_DTYPE)
 
-    scale = plain.scale if coding.tile is None else factor(coding.tile)
+    scale = None if not coding.scaled else plain.scale if coding.tile is None else factor(coding.tile)
     gain = plain.scale if coding.gain == "slot" else None if coding.gain is None else factor(coding.gain)
     return Codes(plain.data, scale, coding.fmt, scale if coding.zero else None, coding.grid, gain)
 
@@ -166,7 +170,8 @@ def _shape(case: Case) -> tuple[dict, tuple[int, int], int]:
     model = MODELS[case.model]
     if case.page is None:
         return model, (case.batch, model["kv_heads"]), case.slots
-    return model, (case.batch * case.slots // case.page, model["kv_heads"]), case.page
+    block = max(case.page, LANES)
+    return model, (case.batch * case.slots // block, model["kv_heads"]), block
 
 
 def _cache(case: Case) -> dict:
@@ -185,18 +190,33 @@ def _cache(case: Case) -> dict:
     return found
 
 
+def _paging(case: Case) -> dict:
+    """Static arguments that follow from the pages' size."""
+    return {"page": case.page} if case.page is not None and case.page < LANES else {}
+
+
 @contextlib.contextmanager
 def _steps(case: Case) -> Iterator[None]:
     """Step sizes are the kernels' own business; to take a slope between two of them they are set while a call is traced."""
     from memjax.pallas_kernels.decode import tpu
 
-    before = tpu.STEP_BYTES, tpu.LONGEST_STEP
+    before = tpu.STEP_BYTES, tpu.LONGEST_STEP, tpu.SHORTEST_STEP
     if case.slots_per_step is not None:
-        tpu.STEP_BYTES, tpu.LONGEST_STEP = 2**40, case.slots_per_step
+        tpu.STEP_BYTES, tpu.LONGEST_STEP, tpu.SHORTEST_STEP = 2**40, case.slots_per_step, case.slots_per_step
     try:
         yield
     finally:
-        tpu.STEP_BYTES, tpu.LONGEST_STEP = before
+        tpu.STEP_BYTES, tpu.LONGEST_STEP, tpu.SHORTEST_STEP = before
+
+
+def _copied(case: Case, cache, vectors: int) -> tuple[int | None, None, int]:
+    """Bytes that are read (of small pages whole rows of lanes), vectors per step, and branches that start first copies."""
+    import jax
+
+    if case.page is None:
+        return None, None, 0
+    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    return stored * max(LANES // case.page, 1), None, 1
 
 
 def _decode(case: Case) -> Program:
@@ -227,11 +247,12 @@ def _decode(case: Case) -> Program:
         rest = dict(arrays)
         q, k, v, weights = rest.pop("q"), rest.pop("k"), rest.pop("v"), rest.pop("weights", None)
         centre = None if weights is None else Centre(weights, frequencies)
-        options = {"softcap": case.softcap, "window": model.get("window"), "mass": case.mass}
+        options = {"softcap": case.softcap, "window": model.get("window"), "mass": case.mass} | _paging(case)
         with _steps(case):
             return decode(q, k, v, scale=dim**-0.5, centre=centre, implementation="pallas", **options, **rest)
 
-    return Program(function, (arrays,), (), "memjax_decode", (keys, values), case.batch * heads * case.slots)
+    vectors = case.batch * heads * case.slots
+    return Program(function, (arrays,), (), "memjax_decode", (keys, values), vectors, *_copied(case, (keys, values), vectors))
 
 
 def _mla_decode(case: Case) -> Program:
@@ -254,9 +275,10 @@ def _mla_decode(case: Case) -> Program:
 
     def function(arrays):
         with _steps(case):
-            return mla_decode(**arrays, scale=192**-0.5, mass=case.mass, implementation="pallas")
+            return mla_decode(**arrays, scale=192**-0.5, mass=case.mass, implementation="pallas", **_paging(case))
 
-    return Program(function, (arrays,), (), "memjax_decode", (latent, rope), case.batch * case.slots)
+    vectors = case.batch * case.slots
+    return Program(function, (arrays,), (), "memjax_decode", (latent, rope), vectors, *_copied(case, (latent, rope), vectors))
 
 
 def _prefill(case: Case) -> Program:
@@ -278,7 +300,8 @@ def _prefill(case: Case) -> Program:
 
     def function(arrays):
         window = model.get("window")
-        return prefill(**arrays, groups=groups, scale=dim**-0.5, window=window, implementation="pallas")
+        options = {"window": window, "implementation": "pallas"} | _paging(case)
+        return prefill(**arrays, groups=groups, scale=dim**-0.5, **options)
 
     vectors = case.batch * heads * case.slots
     return Program(function, (arrays,), (), "memjax_prefill", (keys, values), vectors)
@@ -377,8 +400,8 @@ def decode_cases() -> list[Case]:
     ]
     found += [Case(keys="int3", values="int2"), Case(keys="int3", values="int3", page=256)]
     found += [Case(model="dim 64", keys="int3", values="int3")]
-    found += [Case(keys="int4", values="int4", page=page) for page in (128, 256, 512)]
-    found += [Case(page=256), Case(keys="bf16", values="bf16", page=256)]
+    found += [Case(keys="int4", values="int4", page=page) for page in (16, 64, 128, 256, 512)]
+    found += [Case(page=page) for page in (32, 256)] + [Case(keys="bf16", values="bf16", page=256)]
     models = ("smollm2-135m", "gemma-3-4b", "dim 64", "dim 80")
     found += [Case(model=model, keys="int4", values="int4") for model in models]
     found += [Case(keys="int4", values="int4", **{flag: True}) for flag in ("array", "bias", "mass", "centre")]
@@ -390,11 +413,11 @@ def other_cases() -> list[Case]:
     """The other operations."""
     latent = {"op": "mla_decode", "model": "deepseek-v3", "values": None}
     found = [Case(keys=keys, **latent) for keys in ("bf16", "e4m3", "int8", "int4", "int3")]
-    found += [Case(keys="int8", page=256, **latent)]
+    found += [Case(keys="int8", page=page, **latent) for page in (64, 256)]
     chunk = {"op": "prefill", "batch": 2, "tokens": 1024}
     found += [Case(keys=keys, values=keys, **chunk) for keys in ("bf16", "int8", "int4", "int3")]
     found += [Case(keys="int2 by 128 slots, gain by slot", values="int2, gain by 128 slots", **chunk)]
-    found += [Case(keys="int4", values="int4", page=256, **chunk)]
+    found += [Case(keys="int4", values="int4", page=page, **chunk) for page in (64, 256)]
     found += [Case(model=model, keys="bf16", values="bf16", **chunk) for model in ("smollm2-135m", "gemma-3-4b")]
     for keys in ("bf16", "int8", "int4", "int3"):
         found += [Case(op="append", keys=keys, values=keys, tokens=tokens) for tokens in (1, 256)]
@@ -408,8 +431,7 @@ def served(tpu: str, case: Case) -> bool:
 
 def refused_cases(tpu: str) -> list[tuple[Case, str]]:
     """What the kernels refuse, and words of the reason that they must give."""
-    found = [(Case(page=page), "128 lanes") for page in (16, 32, 64)]
-    found += [(Case(array=True, centre=True), "consecutive positions")]
+    found = [(Case(array=True, centre=True), "consecutive positions")]
     if tpu == "v4":
         found += [(Case(keys=name, values=name), "TPU v4") for name in ("int2", "e4m3", "int4 table", "int3 table")]
     return found

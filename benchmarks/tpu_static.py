@@ -59,7 +59,8 @@ PEERS_FOR = ("v5e", "v6e", "7x")
 
 def variants() -> dict[str, Case]:
     """memjax's rows, by label."""
-    found = {name: Case(keys=name, values=name) for name in ("bf16", "e4m3", "int8", "int4", "int3", "int2")}
+    plain = ("bf16", "e4m3", "int8", "int8, one scale", "int4", "int3", "int2")
+    found = {name: Case(keys=name, values=name) for name in plain}
     found["int8 / int4"] = Case(keys="int8", values="int4")
     found["int4 / int2"] = Case(keys="int4", values="int2")
     found |= {name: Case(keys=name, values=name) for name in ("int4 cubic", "int4 table")}
@@ -70,8 +71,9 @@ def variants() -> dict[str, Case]:
         found[f"KVarN {bits} bit"] = Case(
             keys=f"int{bits} by 128 slots, gain by slot", values=f"int{bits}, gain by 128 slots"
         )
-    for page in (128, 256, 512):
+    for page in (16, 32, 64, 128, 256, 512):
         found |= {f"{name}, page {page}": Case(keys=name, values=name, page=page) for name in ("bf16", "int8", "int4")}
+    found["int8, one scale, page 512"] = Case(keys="int8, one scale", values="int8, one scale", page=512)
     for dim in (64, 256):
         found |= {
             f"{name}, dim {dim}": Case(model=f"dim {dim}", keys=name, values=name) for name in ("bf16", "int8", "int4")
@@ -162,22 +164,26 @@ def slope(python: str, tpu: str = "v6e") -> dict:
 
 
 def comparisons(rows: list[dict]) -> list[dict]:
-    """memjax's cycles as a share of those of JAX's better kernel, at equal bits and pages (contiguous: at the better page)."""
+    """memjax's cycles as a share of those of JAX's better kernel, at equal formats and pages (contiguous: the better page).
+
+    ``bytes`` is the same of what is read: a scale per token, which not all of JAX's kernels know, is 1.6 % of an int8 cache.
+    """
     found = []
     for row in rows:
         name, _, page = row["label"].partition(", page ")
-        if row["whose"] != "memjax" or row["tpu"] not in PEERS_FOR or name not in ("bf16", "int8", "int4", "e4m3"):
+        fmt, _, _ = name.partition(", one scale")
+        if row["whose"] != "memjax" or row["tpu"] not in PEERS_FOR or fmt not in ("bf16", "int8", "int4", "e4m3"):
             continue
         rivals = [
             each
             for each in rows
-            if each["whose"] == "JAX" and each["tpu"] == row["tpu"] and each["label"].split()[1].rstrip(",") == name
+            if each["whose"] == "JAX" and each["tpu"] == row["tpu"] and each["label"].split()[1].rstrip(",") == fmt
             if not page or each["label"].endswith(f", page {page}")
         ]
         rival = min(rivals, key=needed, default=None)
         if rival is not None and needed(rival) < math.inf:
-            ratio = round(needed(row) / needed(rival), 3)
-            found.append({"tpu": row["tpu"], "label": row["label"], "rival": rival["label"], "ratio": ratio})
+            shares = {"ratio": round(needed(row) / needed(rival), 3), "bytes": round(row["bytes"] / rival["bytes"], 3)}
+            found.append({"tpu": row["tpu"], "label": row["label"], "rival": rival["label"], **shares})
     return found
 
 
@@ -195,14 +201,16 @@ def goals(rows: list[dict], ratios: list[dict]) -> list[tuple[str, list[str]]]:
 
     paged = [f"{name}, page {page}" for name in ("int8", "int4") for page in (256, 512)]
     behind = [
-        f"{each['tpu']} {each['label']}: {each['ratio']} of {each['rival']}" for each in ratios if each["ratio"] > 1
+        f"{each['tpu']} {each['label']}: {each['ratio']} of {each['rival']}"
+        for each in ratios
+        if each["ratio"] > max(each["bytes"], 1)
     ]
     return [
         (
             "int8 and int4 at head dimension 128 wait for the memory, on v5e and v6e",
             missed(["int8", "int4"], lambda row: row.get("limit") == "memory"),
         ),
-        ("no kernel is behind JAX's at equal bits", behind),
+        ("no kernel is behind JAX's at equal bits (behind by more than the bytes that it reads more)", behind),
         (
             "copies and control are not the limit at pages of 256 and 512, on v5e and v6e",
             missed(paged, lambda row: row.get("limit") in ("memory", "compute")),
@@ -243,9 +251,10 @@ def report(found: dict) -> str:
         f"Per {UNIT:,} slots of a kv head, keys and values together: *bundles* that a steady step of the kernel's loop issues "
         "(one per cycle at best: waiting for memory or results is not in them), and *memory*, the cycles that the bytes of "
         "codes and scales need at full bandwidth. Their larger is a lower bound of the time; *limit* names it: the memory, "
-        "the work on the codes (compute), or, where the work alone would fit, copies and control. Shape unless the row says "
-        "otherwise: 32 sequences of 32,768 tokens, 8 kv heads, 4 query heads each, head dimension 128, contiguous. `a / b`: "
-        "keys / values. MLA: 128 query heads, latent 512 and 64 rotary channels in bfloat16.",
+        "the work on the codes (compute), or, where the work alone would fit, copies and control. Pages of less than 128 "
+        "slots share rows of lanes and are read with the whole row. Shape unless the row says otherwise: 32 sequences of "
+        "32,768 tokens, 8 kv heads, 4 query heads each, head dimension 128, contiguous. `a / b`: keys / values. MLA: 128 "
+        "query heads, latent 512 and 64 rotary channels in bfloat16.",
         "",
         f"Bandwidth (published) and clock (derived from published peaks) per core: {clocks}.",
         "",
@@ -257,7 +266,7 @@ def report(found: dict) -> str:
         "",
         *table(rows),
         "",
-        "memjax as a share of JAX's better kernel at equal bits (contiguous rows: against its better page size):",
+        "memjax as a share of JAX's better kernel of the same format (contiguous rows: against its better page size):",
         "",
         "| " + " | ".join(["", *PEERS_FOR]) + " |",
         "|---|" + "--:|" * len(PEERS_FOR),

@@ -23,7 +23,7 @@ from jaxtyping import Array
 
 from memjax.pallas_kernels.choose import Target
 from memjax.pallas_kernels.codes import Codes
-from memjax.pallas_kernels.decode.reference import Centre
+from memjax.pallas_kernels.decode.reference import Centre, pages_per_block
 from memjax.pallas_kernels.gpu_tile import KINDS, SMALLEST_PIECE, Form, Where, form_of, load, load_piece, slot_factors
 from memjax.pallas_kernels.slots import Positions, Span, seen
 
@@ -31,7 +31,7 @@ MASKED = -1e30  # a score that is as good as -inf and has no NaN among its diffe
 LOG2E = math.log2(math.e)
 
 
-def why_not(on: Target, arrays: dict) -> str | None:
+def why_not(on: Target, arrays: dict, page: int | None = None) -> str | None:
     """The reason why this kernel cannot serve a case on a GPU; None if it can."""
     k, v = arrays["k"], arrays["v"]
     old = any(name in on.kind for name in ("A100", "A10", "A30", "A40", "RTX 30", "T4", "V100"))
@@ -46,8 +46,9 @@ def why_not(on: Target, arrays: dict) -> str | None:
             return f"{name} have scales, zero points and gains of different groups of channels"
         if form.groups > 1 and codes.dim // form.groups < SMALLEST_PIECE:
             return f"{name} have groups of {codes.dim // form.groups} channels; the kernel's smallest is {SMALLEST_PIECE}"
-    if arrays.get("table") is not None and (k.slots < 16 or k.slots & (k.slots - 1)):
-        return f"pages of {k.slots} slots; the kernel needs a power of two of at least 16"
+    size = page or k.slots
+    if arrays.get("table") is not None and (size < 16 or size & (size - 1)):
+        return f"pages of {size} slots; the kernel needs a power of two of at least 16"
     if arrays.get("centre_weights") is not None and not isinstance(arrays["k_pos"], Span):
         return "a centring term needs consecutive positions (a Span)"
     return None
@@ -78,6 +79,7 @@ def attention_gpu(
     bias: Array | None = None,
     centre: Centre | None = None,
     table: Array | None = None,
+    page: int | None = None,
     softcap: float | None = None,
     window: int | None = None,
     recent: int | None = None,
@@ -96,7 +98,8 @@ def attention_gpu(
     codes = {"k": k} | ({} if v is None else {"v": v}) | ({} if k_extra is None else {"e": k_extra})
     forms = {key: form_of(each) for key, each in codes.items()}
     value_form = forms["v" if v is not None else "k"]
-    slots = k.slots * (1 if table is None else table.shape[1])
+    parts = pages_per_block(k, page)
+    slots = k.slots if table is None else k.slots // parts * table.shape[1]
     inputs = {"q": q.astype(forms["k"].dtype), "q_pos": q_pos.astype(jnp.int32)}
     if q_extra is not None:
         inputs["q_extra"] = q_extra.astype(forms["e"].dtype)
@@ -116,7 +119,7 @@ def attention_gpu(
     if centre is not None:
         inputs |= {"centre": centre.weights.astype(jnp.float32), "frequency": jnp.asarray(centre.inv_freq, jnp.float32)}
     if table is not None:
-        inputs["pages"] = jnp.clip(table.astype(jnp.int32), 0, k.data.shape[0] - 1)
+        inputs["pages"] = jnp.clip(table.astype(jnp.int32), 0, k.data.shape[0] * parts - 1)
     tiles = -(-slots // plan.tile)
     blocks = rows // plan.rows
     inputs["limits"] = _limits(plan, q_pos.reshape(batch, blocks, -1), k_pos, tiles, window, recent, sinks)
@@ -136,7 +139,8 @@ def attention_gpu(
         forms=forms,
         value_key="v" if v is not None else "k",
         slots=slots,
-        page=k.slots if table is not None else 0,
+        page=k.slots // parts if table is not None else 0,
+        parts=parts,
         per_split=-(-tiles // plan.splits),
         mask={"window": window, "recent": recent, "sinks": sinks},
         scale=scale,
@@ -243,7 +247,7 @@ def _centre_scores(refs: dict, b, h, rows: Array, slot: Array) -> Array:
     return lax.fori_loop(0, pairs, add, jnp.zeros((rows.shape[0], slot.shape[0]), jnp.float32))
 
 
-def _body(*refs, plan: Plan, names, forms, value_key, slots, page, per_split, mask, scale, softcap, mass):
+def _body(*refs, plan: Plan, names, forms, value_key, slots, page, parts, per_split, mask, scale, softcap, mass):
     inputs = dict(zip(names, refs, strict=False))
     out_ref, lse_ref, *scores_ref = refs[len(names) + mass :]
     heads = out_ref.shape[1]
@@ -265,7 +269,8 @@ def _body(*refs, plan: Plan, names, forms, value_key, slots, page, per_split, ma
         safe = slot if exists is None else jnp.where(exists, slot, 0)
         at = Where(b, h, safe, exists)
         if page:
-            at = Where(inputs["pages"][b, i * plan.tile // page], h, slot % page, exists)
+            number = inputs["pages"][b, i * plan.tile // page]
+            at = Where(number // parts, h, number % parts * page + slot % page, exists)
         if "pos" in inputs:
             position = per_slot("pos", safe, exists, -1)
         else:

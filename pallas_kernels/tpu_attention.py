@@ -1,8 +1,8 @@
 """Flash attention on a TPU over slots of packed codes: the one kernel behind decode, prefill and multi-head latent decode.
 
 A step takes a tile of slots; the copy of the next one hides behind the work on it. Steps outside of what a block of rows may
-see, which follows from a span's length, causality and the windows, are neither copied nor worked on. With a page table a
-step takes several pages, each found through the table by its block specification.
+see, which follows from a span's length, causality and the windows, are neither copied nor worked on. With a page table the
+kernel copies a step's pages itself (see ``tpu_pages``).
 
 Products have float32 sums; operands are bfloat16, float32 where the codes are, or int8 limbs (see ``tpu_tile.Levels``).
 Experimental: compiled for every generation and checked in interpret mode, never run on a TPU.
@@ -11,7 +11,6 @@ Experimental: compiled for every generation and checked in interpret mode, never
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from memjax.pallas_kernels.codes import Codes, deinterleave
 from memjax.pallas_kernels.decode.reference import Centre
 from memjax.pallas_kernels.slots import Positions, Span, seen
 from memjax.pallas_kernels.tpu_operands import Operands, Plan, levels_of, scalars
+from memjax.pallas_kernels.tpu_pages import Chain, Leaf, rooms
 
 KINDS = ("scale", "zero", "gain")
 
@@ -95,14 +95,16 @@ def attention_tpu(
     out_shape = [jax.ShapeDtypeStruct((*lead, *tail), jnp.float32) for tail in tails]
     out_specs = [pl.BlockSpec((*here, *tail), lambda b, h, i, s, j, *_: (b, h, i, s, 0, 0)) for tail in tails]
     if mass:
-        written = plan.splits * plan.steps * plan.per_step  # the last split may have steps behind the last slot
+        written = plan.splits * plan.steps * plan.tile  # the last split may have steps behind the last slot
         out_shape.append(jax.ShapeDtypeStruct((batch, kv_heads, plan.rows, written), jnp.float32))
-        block = (1, plan.heads, plan.rows, plan.per_step)
+        block = (1, plan.heads, plan.rows, plan.tile)
         out_specs.append(pl.BlockSpec(block, lambda b, h, i, s, j, *_: (b, h, 0, s * plan.steps + j)))
     body = functools.partial(
         _body,
         plan=plan,
         names=operands.names,
+        leaves=operands.leaves,
+        outputs=len(out_shape),
         levels=levels,
         has_values=v is not None,
         spanned=isinstance(k_pos, Span),
@@ -113,6 +115,10 @@ def attention_tpu(
         sinks=sinks,
     )
     stacked = plan.heads * plan.rows
+    scratch = [pltpu.VMEM((stacked, width), jnp.float32) for width in (tile.LANES, tile.LANES, values.dim)]
+    if plan.pages:
+        scratch += rooms(operands.leaves, plan.pages)
+    order = ("arbitrary" if plan.pages and plan.chained else "parallel",) * 4
     out, lse, *scores = pl.pallas_call(
         body,
         out_shape=out_shape,
@@ -121,9 +127,9 @@ def attention_tpu(
             grid=(batch, kv_heads // plan.heads, plan.row_blocks, plan.splits, plan.steps),
             in_specs=operands.specs,
             out_specs=out_specs,
-            scratch_shapes=[pltpu.VMEM((stacked, width), jnp.float32) for width in (tile.LANES, tile.LANES, values.dim)],
+            scratch_shapes=scratch,
         ),
-        compiler_params=tile.compiler_params(("parallel",) * 4 + ("arbitrary",), interpret),
+        compiler_params=tile.compiler_params((*order, "arbitrary"), interpret),
         cost_estimate=_cost(plan, q, codes),
         interpret=interpret,
         name=name,
@@ -145,90 +151,99 @@ def _cost(plan: Plan, q: Array, codes: dict[str, Codes]) -> pl.CostEstimate:
 
 
 def _body(
-    *refs, plan: Plan, names: list[str], levels: dict, has_values: bool, spanned: bool, scale, softcap, window, recent, sinks
+    *refs,
+    plan: Plan,
+    names: list[str],
+    leaves: list[Leaf],
+    outputs: int,
+    levels: dict,
+    has_values: bool,
+    spanned: bool,
+    scale,
+    softcap,
+    window,
+    recent,
+    sinks,
 ):
-    first, last, start, filled = refs[:4]
-    refs = refs[5 if plan.paged else 4 :]
-    inputs = dict(zip(names, refs, strict=False))
-    out_ref, lse_ref, *scores_ref = refs[len(names) : -3]
-    state_refs = refs[-3:]
-    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(4)
-    step, block = pl.program_id(3) * plan.steps + j, pl.program_id(0) * plan.row_blocks + i
+    first, last, start, filled, *paging = refs[: 7 if plan.pages else 4]
+    refs = refs[4 + len(paging) :]
+    inputs, refs = dict(zip(names, refs, strict=False)), refs[len(names) :]
+    out_ref, lse_ref, *scores_ref = refs[:outputs]
+    state_refs, room = refs[outputs : outputs + 3], refs[outputs + 3 :]
+    b, i, s, j = (pl.program_id(axis) for axis in (0, 2, 3, 4))
+    step, block = s * plan.steps + j, b * plan.row_blocks + i
     value_name = "v" if has_values else "k"
     # What a last tile that is only partly there holds beyond its end may be NaN in floating point.
-    ragged = plan.slots % plan.tile != 0 and levels[value_name].fmt in ("dense", "e4m3", "e5m2")
+    ragged = not plan.pages and plan.slots % plan.tile != 0 and levels[value_name].fmt in ("dense", "e4m3", "e5m2")
 
     @pl.when(j == 0)
     def begin():
         for ref, value in zip(state_refs, tile.fresh(*state_refs[2].shape), strict=True):
             ref[...] = value
 
-    def visible(h: int, base: int, size: int):
-        """Which lanes a row sees, [M, size], for the slots that begin ``base`` after the step's first."""
-        slot = step * plan.per_step + base + lax.broadcasted_iota(jnp.int32, (1, size), 1)
+    def visible(h: int, lanes: slice):
+        """Which of a step's slots a row sees, [M, size], and which of them are there at all."""
+        size = lanes.stop - lanes.start
+        slot = step * plan.tile + lanes.start + lax.broadcasted_iota(jnp.int32, (1, size), 1)
         inside = slot < (jnp.minimum(filled[b], plan.slots) if spanned else plan.slots)
-        position = slot + start[b] if spanned else _row_of(inputs["pos"], h, base, size)
+        position = slot + start[b] if spanned else _row_of(inputs["pos"], h, lanes)
         return seen(inputs["q_pos"][0, 0, 0], position, window=window, recent=recent, sinks=sinks) & inside, inside
 
-    def scores_of(h: int, part: Part, mask: Array):
-        found = _key_scores(inputs, "k", levels["k"], h, part)
+    def scores_of(h: int, lanes: slice, mask: Array):
+        found = _key_scores(inputs, "k", levels["k"], h, lanes)
         if "e" in levels:
-            found += _key_scores(inputs, "e", levels["e"], h, part)
+            found += _key_scores(inputs, "e", levels["e"], h, lanes)
         if "centre" in inputs:
-            turn = inputs["turns"][0, part.page]
+            turn = inputs["turns"][0, 0]
             turned = inputs["centre"][0, h, 0] * turn[:1] + inputs["centre_crossed"][0, h, 0] * turn[1:]
             high, low = tile.halves(turned)
-            found += tile.dot(jnp.concatenate([high, high, low], axis=1), inputs["features"][:, part.lanes], (1, 0))
+            found += tile.dot(jnp.concatenate([high, high, low], axis=1), inputs["features"][:, lanes], (1, 0))
         found = tile.cap(found * scale, softcap)
         if "bias" in inputs:
-            found += _row_of(inputs["bias"], h, part.base, part.size).astype(jnp.float32)
+            found += _row_of(inputs["bias"], h, lanes).astype(jnp.float32)
         found = jnp.where(mask, found, tile.MASKED)
         if scores_ref:
-            scores_ref[0][0, h, :, part.base : part.base + part.size] = found
+            scores_ref[0][0, h, :, lanes] = found
         return found
 
-    def values_of(h: int, part: Part, probs: Array, mask: Array, inside: Array) -> Array:
-        name, of = f"{value_name}{part.page}", levels[value_name]
-        found = tile.read_values(of.read(inputs[name], h, part.lanes), of, inside if ragged else None)
-        factors = tile.with_gain(*(_factor(inputs, f"{name}_{kind}", h, part.lanes) for kind in KINDS))
-        gain = _run_factor(inputs, name, "gain", h, part.lanes)
+    def values_of(h: int, lanes: slice, probs: Array, mask: Array, inside: Array) -> Array:
+        of = levels[value_name]
+        found = tile.read_values(of.read(inputs[value_name], h, lanes), of, inside if ragged else None)
+        factors = tile.with_gain(*(_factor(inputs, f"{value_name}_{kind}", h, lanes) for kind in KINDS))
+        gain = _run_factor(inputs, value_name, "gain", h, lanes)
         if gain is None:
             return tile.weighted_values(probs, mask, found, of, *factors)
         return tile.tiled_values(probs, mask, found, of, *factors, gain)
 
-    def advance(state: tile.State, parts: list[Part]) -> tile.State:
-        """Some slots of all heads: rows of heads and lanes of pages lie side by side, so that one softmax serves all."""
+    def advance(state: tile.State, lanes: slice) -> tile.State:
+        """Some slots of all heads: rows of heads lie side by side, so that one softmax serves all."""
         own = not spanned and inputs["pos"].shape[1] > 1
-        masks = [[visible(h, part.base, part.size) for part in parts] for h in range(plan.heads if own else 1)]
-        masks *= 1 if own else plan.heads
-        scores = [
-            _join([scores_of(h, part, mask) for part, (mask, _) in zip(parts, masks[h], strict=True)], 1)
-            for h in range(plan.heads)
-        ]
+        masks = [visible(h, lanes) for h in range(plan.heads if own else 1)] * (1 if own else plan.heads)
+        scores = [scores_of(h, lanes, mask) for h, (mask, _) in enumerate(masks)]
 
         def values(probs: Array) -> Array:
-            sums = []
-            for h in range(plan.heads):
-                rows = probs[h * plan.rows : (h + 1) * plan.rows]
-                begin = parts[0].base
-                found = [
-                    values_of(h, part, rows[:, part.base - begin : part.base - begin + part.size], *mask)
-                    for part, mask in zip(parts, masks[h], strict=True)
-                ]
-                sums.append(functools.reduce(jnp.add, found))
-            return _join(sums, 0)
+            rows = [probs[h * plan.rows : (h + 1) * plan.rows] for h in range(plan.heads)]
+            return _stack([values_of(h, lanes, rows[h], *mask) for h, mask in enumerate(masks)])
 
-        return tile.advance(state, _join(scores, 0), values)
+        return tile.advance(state, _stack(scores), values)
 
     needed = (step >= first[block]) & (step < last[block])
+    if plan.pages:
+        chain = Chain(plan, leaves, inputs, room, first, last, paging)
+        chain.begin()
 
     @pl.when(needed)
     def work():
+        if plan.pages:
+            inputs.update(chain.advance())
         state = tile.State(*(ref[...] for ref in state_refs))
-        for parts in _parts(plan):
-            state = advance(state, parts)
+        for at in range(0, plan.tile, plan.chunk):
+            state = advance(state, slice(at, min(at + plan.chunk, plan.tile)))
         for ref, value in zip(state_refs, state, strict=True):
             ref[...] = value
+
+    if plan.pages:
+        chain.end()
 
     if scores_ref:
 
@@ -244,36 +259,13 @@ def _body(
             out_ref[0, h, 0, 0], lse_ref[0, h, 0, 0] = out[rows], lse[rows]
 
 
-class Part(NamedTuple):
-    """Slots that are worked on together: ``lanes`` of a page's block, ``base`` slots after the step's first."""
-
-    page: int
-    lanes: slice
-    base: int
-
-    @property
-    def size(self) -> int:
-        return self.lanes.stop - self.lanes.start
+def _stack(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 
 
-def _parts(plan: Plan) -> list[list[Part]]:
-    """A step's slots in groups of about ``plan.chunk``: parts of a large block, or several small ones."""
-    if plan.tile >= plan.chunk:
-        starts = range(0, plan.tile, plan.chunk)
-        lanes = [slice(at, min(at + plan.chunk, plan.tile)) for at in starts]
-        return [[Part(p, each, p * plan.tile + each.start)] for p in range(plan.pages) for each in lanes]
-    whole = [Part(p, slice(0, plan.tile), p * plan.tile) for p in range(plan.pages)]
-    together = plan.chunk // plan.tile
-    return [whole[at : at + together] for at in range(0, plan.pages, together)]
-
-
-def _join(parts: list[Array], axis: int) -> Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
-
-
-def _row_of(ref, h: int, base: int, size: int) -> Array:
+def _row_of(ref, h: int, lanes: slice) -> Array:
     """[1, size] of what is given per slot, for one head or for all."""
-    return ref[0, h if ref.shape[1] > 1 else 0, :, base : base + size]
+    return ref[0, h if ref.shape[1] > 1 else 0, :, lanes]
 
 
 def _factor(inputs: dict, name: str, h: int, lanes: slice) -> Array | None:
@@ -285,20 +277,21 @@ def _factor(inputs: dict, name: str, h: int, lanes: slice) -> Array | None:
 
 
 def _run_factor(inputs: dict, name: str, kind: str, h: int, lanes: slice) -> Array | None:
-    """Factors per channel [r, H] of the runs of slots in ``lanes``."""
+    """Factors per channel [r, H] of the runs of slots in ``lanes``; they lie in blocks [1, heads, pages, runs, H]."""
     ref = inputs.get(f"{name}_tiled_{kind}")
     if ref is None:
         return None
-    each = inputs[name].shape[-1] // ref.shape[3]
-    return ref[0, h, 0, lanes.start // each : lanes.stop // each]
+    runs = ref.shape[3]
+    each = inputs[name].shape[-1] // (ref.shape[2] * runs)
+    begin, end = lanes.start // each, lanes.stop // each
+    return _stack([ref[0, h, p, max(begin - p * runs, 0) : end - p * runs] for p in range(begin // runs, -(-end // runs))])
 
 
-def _key_scores(inputs: dict, name: str, levels: tile.Levels, h: int, at: Part) -> Array:
-    page, lanes = f"{name}{at.page}", at.lanes
+def _key_scores(inputs: dict, name: str, levels: tile.Levels, h: int, lanes: slice) -> Array:
     side = inputs[f"{name}_side"][0, h, 0]
-    q, codes = tile.Query(inputs[f"{name}_query"][0, h, 0], side[:, :1], side[:, 1:]), levels.read(inputs[page], h, lanes)
-    by_slot = tile.with_gain(*(_factor(inputs, f"{page}_{kind}", h, lanes) for kind in KINDS))
-    scale, zero, gain = (_run_factor(inputs, page, kind, h, lanes) for kind in KINDS)
+    q, codes = tile.Query(inputs[f"{name}_query"][0, h, 0], side[:, :1], side[:, 1:]), levels.read(inputs[name], h, lanes)
+    by_slot = tile.with_gain(*(_factor(inputs, f"{name}_{kind}", h, lanes) for kind in KINDS))
+    scale, zero, gain = (_run_factor(inputs, name, kind, h, lanes) for kind in KINDS)
     if scale is None and gain is None:
         return tile.slot_scores(q, codes, levels, *by_slot)
     return tile.tiled_scores(q, codes, levels, gain if scale is None else scale, zero, *by_slot)

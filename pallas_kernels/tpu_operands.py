@@ -1,7 +1,8 @@
 """What a TPU attention kernel is given: how a call is cut into a grid, and every input as a block with an index map.
 
-The grid is (batch, head blocks, row blocks, splits, steps); a step reads ``Plan.per_step`` slots. Index maps and the kernel's
-body share the scalars ``first, last [B * row blocks], start, count [B]`` and, with a page table, the page of every step.
+The grid is (batch, head blocks, row blocks, splits, steps); a step reads ``Plan.tile`` slots. Index maps and the kernel's
+body share the scalars ``first, last [B * row blocks], start, count [B]`` and, with a page table, the pages of every step and
+where the chain of copies goes on (see ``tpu_pages``).
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from memjax.pallas_kernels import tpu_tile as tile
-from memjax.pallas_kernels.choose import Target, tpu_generation
+from memjax.pallas_kernels.choose import Target, target, tpu_generation
 from memjax.pallas_kernels.codes import PACKED, Codes, interleave
 from memjax.pallas_kernels.slots import Positions, Span
+from memjax.pallas_kernels.tpu_pages import Leaf, following
 
 LANES = tile.LANES
+MEGACORE = ("v4", "v5p")  # two cores run one program
 INTEGER_MATRIX_UNIT = ("v5e", "v5p", "v6e")  # int8 codes go in as they are; on v4 and 7x they do not
 MOST_LIMB_ROWS = 32  # beyond, two limbs a row keep the matrix unit longer than converting the codes does
 
 
-def why_not(on: Target, arrays: dict) -> str | None:
+def why_not(on: Target, arrays: dict, page: int | None = None) -> str | None:
     """The reason why this kernel cannot serve a case on a TPU; None if it can."""
     k, v = arrays["k"], arrays["v"]
     generation = tpu_generation(on.kind)
@@ -44,10 +47,22 @@ def why_not(on: Target, arrays: dict) -> str | None:
         refusal = _factor_refusal(codes, name, values=name == "values" or (name == "keys" and v is None))
         if refusal:
             return refusal
-    if arrays.get("table") is not None and k.slots % LANES:
-        return f"pages of {k.slots} slots; a TPU's rows have {LANES} lanes, and pages that do not fill them would be copied"
+    refusal = None if arrays.get("table") is None else _page_refusal(k.slots, page or k.slots)
+    if refusal:
+        return refusal
     if arrays.get("centre_weights") is not None and not isinstance(arrays["k_pos"], Span):
         return "a centring term needs consecutive positions (a Span)"
+    return None
+
+
+def _page_refusal(block: int, page: int) -> str | None:
+    if block % LANES:
+        return (
+            f"a pool of blocks of {block} slots; a TPU's rows have {LANES} lanes, and blocks that do not fill them would be "
+            f"copied: store pages of {block} slots several to a block of {LANES} and say page={block}"
+        )
+    if page % LANES and LANES % page:
+        return f"pages of {page} slots; they must divide a row of {LANES} lanes or fill several"
     return None
 
 
@@ -98,11 +113,12 @@ class Plan:
       heads: kv heads of a step.
       rows: query rows of a kv head in a step, a multiple of 8.
       row_blocks: how often ``rows`` are taken.
-      tile: slots of a block of codes.
-      pages: blocks of a step, 1 without a table.
+      tile: slots of a step.
       steps, splits: steps per split of the sequence, and splits.
       slots: slots of a row of the batch.
-      paged: blocks are found through a table.
+      pages: of a step, 0 without a table.
+      parts: pages of a block of the pool.
+      chained: copies of pages go on from one axis of the grid to the next, because one core runs all of it.
       scores: numbers, rows of all heads times slots, that are worked on together.
       unit: slots are cut in multiples of this.
     """
@@ -111,24 +127,25 @@ class Plan:
     rows: int
     row_blocks: int
     tile: int
-    pages: int
     steps: int
     splits: int
     slots: int
-    paged: bool
+    pages: int = 0
+    parts: int = 1
+    chained: bool = True
     scores: int = 2**17
     unit: int = LANES
 
     @property
-    def per_step(self) -> int:
-        """Slots of a step."""
-        return self.tile * self.pages
+    def page(self) -> int:
+        """Slots of a page, 0 without a table."""
+        return self.tile // self.pages if self.pages else 0
 
     @property
     def chunk(self) -> int:
         """Slots whose scores are worked on together."""
         lanes = self.scores // (self.heads * self.rows) // self.unit * self.unit
-        return min(self.per_step, max(self.unit, lanes))
+        return min(self.tile, max(self.unit, lanes))
 
     def step(self, b, i, s, j, scalars):
         """The step that grid point (b, i, s, j) reads: held at the nearest one that is needed, which costs no copy."""
@@ -136,20 +153,30 @@ class Plan:
         return jnp.clip(s * self.steps + j, first, jnp.maximum(last - 1, first))
 
 
+def megacore() -> bool:
+    """Whether two cores divide the grid's parallel axes."""
+    return tpu_generation(target().kind) in MEGACORE
+
+
 def unit_of(k: Codes, v: Codes | None) -> int:
     """Multiples in which slots can be cut: whole rows of lanes and whole tiles of factors."""
     return math.lcm(LANES, run_of(k), run_of(v))
 
 
-def cut_slots(k: Codes, table: Array | None, most: int, unit: int = LANES) -> tuple[int, int, int]:
-    """(slots of a row, slots of a block, blocks of a step) for steps of at most about ``most`` slots."""
+def cut_slots(k: Codes, table: Array | None, page: int | None, most: int, unit: int) -> dict[str, int]:
+    """Sizes of a plan, but for ``splits``, with steps of at most about ``most`` slots."""
     if table is not None:
-        pages = min(max(1, most // k.slots), table.shape[1])
-        return k.slots * table.shape[1], k.slots, pages
+        page, number = page or k.slots, table.shape[1]
+        if page < LANES:  # each is copied with its whole row
+            pages = min(max(most // LANES * page // LANES, 1), -(-number * page // LANES)) * (LANES // page)
+        else:
+            pages = min(max(1, most // page), number)
+        sizes = {"tile": page * pages, "steps": -(-number // pages), "slots": page * number, "unit": unit}
+        return sizes | {"pages": pages, "parts": k.slots // page}
     size = min(max(most // unit * unit, unit), k.slots)
     if k.slots > size:  # a last tile that is nearly empty costs as much as a full one
         size = -(-k.slots // -(-k.slots // size) // unit) * unit
-    return k.slots, size, 1
+    return {"tile": size, "steps": -(-k.slots // size), "slots": k.slots, "unit": unit}
 
 
 def levels_of(codes: Codes, generation: str, rows: int) -> tile.Levels:
@@ -169,6 +196,7 @@ class Operands:
         self.arrays: list[Array] = []
         self.specs: list[pl.BlockSpec] = []
         self.names: list[str] = []
+        self.leaves: list[Leaf] = []
 
     def add(self, name: str, array: Array, block: tuple, index) -> None:
         self.arrays.append(array)
@@ -201,41 +229,50 @@ class Operands:
     def add_per_slot(self, name: str, array: Array) -> None:
         """What each slot has, [B, 1|K, S], of all heads or of each."""
         plan, own = self.plan, array.shape[1] > 1
-        block = (1, plan.heads if own else 1, 1, plan.per_step)
+        if array.shape[2] < plan.tile:  # small pages that do not fill a row of lanes
+            array = jnp.pad(array, ((0, 0), (0, 0), (0, plan.tile - array.shape[2])))
+        block = (1, plan.heads if own else 1, 1, plan.tile)
         self.add(name, array[:, :, None], block, lambda b, h, i, s, j, *r: (b, h if own else 0, 0, plan.step(b, i, s, j, r)))
 
     def add_codes(self, name: str, codes: Codes) -> None:
-        """Blocks of codes and their factors; with a table one of each per page of a step."""
-        heads, size = self.plan.heads, self.plan.tile
-        for p in range(self.plan.pages):
-            self.add(f"{name}{p}", codes.data, (1, heads, codes.data.shape[-2], size), self._find(p, 1))
-            for kind, factor in (("scale", codes.scale), ("zero", codes.zero), ("gain", codes.gain)):
-                if factor is None:
-                    continue
-                if factor.ndim < codes.data.ndim and heads % 8 and heads < factor.shape[1]:
-                    factor = factor[:, :, None]  # blocks of a few heads: heads must not be next to the slots then
-                if factor.ndim < codes.data.ndim:
-                    self.add(f"{name}{p}_{kind}", factor, (1, heads, size), self._find(p, 0))
-                elif factor.shape[-1] == codes.slots:
-                    self.add(f"{name}{p}_{kind}", factor, (1, heads, factor.shape[-2], size), self._find(p, 1))
-                else:
-                    blocks = _factor_blocks(codes, factor, size)
-                    block = (1, heads, 1, *blocks.shape[3:])
-                    self.add(f"{name}{p}_tiled_{kind}", blocks, block, self._find(p, 2, swap=True))
-
-    def _find(self, p: int, trailing: int, swap: bool = False):
-        """Index map of page ``p`` of a step for a block with ``trailing`` axes before its slots (behind them: swap)."""
-        plan = self.plan
-
-        def index(b, h, i, s, j, *r):
-            if not plan.paged:
-                lead, at = b, plan.step(b, i, s, j, r)
+        """Codes and their factors, [B, K, ..] in blocks of a step's slots or pools of pages."""
+        heads = self.plan.heads
+        self._add_slots(name, codes.data)
+        for kind, factor in (("scale", codes.scale), ("zero", codes.zero), ("gain", codes.gain)):
+            if factor is None:
+                continue
+            if factor.ndim < codes.data.ndim and heads % 8 and heads < factor.shape[1]:
+                factor = factor[:, :, None]  # blocks of a few heads: heads must not be next to the slots then
+            if factor.ndim < codes.data.ndim or factor.shape[-1] == codes.slots:
+                self._add_slots(f"{name}_{kind}", factor)
             else:
-                lead, at = r[4][(((b * plan.row_blocks + i) * plan.splits + s) * plan.steps + j) * plan.pages + p], 0
-            zeros = (0,) * trailing
-            return (lead, h, at, *zeros) if swap else (lead, h, *zeros, at)
+                size = self.plan.page or self.plan.tile
+                self._add_runs(f"{name}_tiled_{kind}", _factor_blocks(codes, factor, size))
 
-        return index
+    def _add_slots(self, name: str, array: Array) -> None:
+        """[B or blocks, K, .., S]."""
+        plan, zeros = self.plan, (0,) * (array.ndim - 3)
+        if plan.pages:
+            return self._add_pool(name, array, lanes=True)
+        block = (1, plan.heads, *array.shape[2:-1], plan.tile)
+        return self.add(name, array, block, lambda b, h, i, s, j, *r: (b, h, *zeros, plan.step(b, i, s, j, r)))
+
+    def _add_runs(self, name: str, array: Array) -> None:
+        """[B or blocks, K, steps or pages, runs, H]."""
+        plan = self.plan
+        if plan.pages:
+            return self._add_pool(name, array, lanes=False)
+        block = (1, plan.heads, 1, *array.shape[3:])
+        return self.add(name, array, block, lambda b, h, i, s, j, *r: (b, h, plan.step(b, i, s, j, r), 0, 0))
+
+    def _add_pool(self, name: str, pool: Array, lanes: bool) -> None:
+        heads = self.plan.heads
+        pool = pool.reshape(pool.shape[0], -1, heads, *pool.shape[2:])
+        self.arrays.append(pool)
+        self.specs.append(pl.BlockSpec(memory_space=pl.ANY))
+        self.names.append(name)
+        tail = (*pool.shape[3:-1], self.plan.page) if lanes else pool.shape[4:]
+        self.leaves.append(Leaf(name, heads, tail, pool.dtype, lanes))
 
     def add_centre(self, weights: Array, inv_freq: np.ndarray, span: Span) -> None:
         """Both sides of the centring term; ``weights`` [B, K, row blocks, rows, 2 J].
@@ -244,14 +281,14 @@ class Operands:
         and of i, a constant table of features.
         """
         plan, frequency = self.plan, jnp.asarray(inv_freq, jnp.float32)
-        tiles = -(-plan.slots // plan.per_step) * plan.pages
+        tiles = -(-plan.slots // plan.tile)
         start = span.start[:, None] + plan.tile * jnp.arange(tiles, dtype=jnp.int32)
         angle = start.astype(jnp.float32)[..., None] * frequency
         turns = jnp.stack([jnp.tile(jnp.cos(angle), 2), jnp.tile(jnp.sin(angle), 2)], axis=2)
         a, b = jnp.split(weights, 2, axis=-1)
         self.add_rows("centre", weights)
         self.add_rows("centre_crossed", jnp.concatenate([b, -a], axis=-1))
-        block = (1, plan.pages, *turns.shape[2:])
+        block = (1, 1, *turns.shape[2:])
         self.add("turns", turns, block, lambda b, h, i, s, j, *r: (b, plan.step(b, i, s, j, r), 0, 0))
         angles = frequency[:, None] * jnp.arange(plan.tile, dtype=jnp.float32)
         high, low = tile.halves(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]))
@@ -280,7 +317,7 @@ def scalars(
     plan: Plan, q_first: Array, q_last: Array, k_pos: Positions, table: Array | None, pool: int, window, recent, sinks: int
 ) -> list[Array]:
     """The scalar operands; ``q_first``, ``q_last`` [B, row blocks] are the range of positions of each block's queries."""
-    batch, blocks = q_first.shape[0], -(-plan.slots // plan.per_step)
+    batch, blocks = q_first.shape[0], -(-plan.slots // plan.tile)
     if isinstance(k_pos, Span):
         start, count = (x.astype(jnp.int32) for x in k_pos)
         end = jnp.clip(q_last - start[:, None] + 1, 0, count[:, None])
@@ -288,25 +325,24 @@ def scalars(
         distances = [x for x in (window, recent if sinks == 0 else None) if x is not None]
         if distances:
             begin = jnp.clip(q_first - min(distances) + 1 - start[:, None], 0, end)
-        last = jnp.minimum(-(-end // plan.per_step), blocks)
-        first = jnp.minimum(begin // plan.per_step, jnp.maximum(last - 1, 0))
+        last = jnp.minimum(-(-end // plan.tile), blocks)
+        first = jnp.minimum(begin // plan.tile, jnp.maximum(last - 1, 0))
     else:
         start = count = jnp.zeros((batch,), jnp.int32)
         first, last = jnp.zeros_like(q_first), jnp.full_like(q_first, blocks)
     found = [first.reshape(-1), last.reshape(-1), start, count]
     if table is not None:
         filled = count if isinstance(k_pos, Span) else jnp.full_like(count, plan.slots)
-        found.append(_pages_by_step(plan, table, first, last, filled, pool))
+        found += [_pages_by_step(plan, table, filled, pool), *following(first, last, plan.steps, plan.splits)]
     return [x.astype(jnp.int32) for x in found]
 
 
-def _pages_by_step(plan: Plan, table: Array, first: Array, last: Array, filled: Array, pool: int) -> Array:
-    """Page numbers in the order of the grid, int32 [B * row blocks * steps * pages]: a copy costs one look-up.
+def _pages_by_step(plan: Plan, table: Array, filled: Array, pool: int) -> Array:
+    """Page numbers of the steps of every row and block of rows, int32 [B * row blocks * splits * steps * pages].
 
     Entries of the table behind the last token, which may hold anything, are not used.
     """
-    step = jnp.arange(plan.splits * plan.steps)
-    step = jnp.clip(step, first[..., None], jnp.maximum(last - 1, first)[..., None])
-    page = (step[..., None] * plan.pages + jnp.arange(plan.pages)).reshape(table.shape[0], -1)
-    page = jnp.minimum(page, jnp.clip((filled - 1) // plan.tile, 0, table.shape[1] - 1)[:, None])
-    return jnp.clip(jnp.take_along_axis(table.astype(jnp.int32), page, axis=1), 0, pool - 1).reshape(-1)
+    page = jnp.arange(plan.splits * plan.steps * plan.pages)
+    page = jnp.minimum(page, jnp.clip((filled[:, None] - 1) // plan.page, 0, table.shape[1] - 1))
+    found = jnp.clip(jnp.take_along_axis(table.astype(jnp.int32), page, axis=1), 0, pool * plan.parts - 1)
+    return jnp.repeat(found[:, None], plan.row_blocks, axis=1).reshape(-1)

@@ -101,6 +101,23 @@ def _nibbles(thirds: tuple[Array, Array, Array]) -> Array:
     return jnp.concatenate([x | y for x, y in zip(first + second, bits, strict=True)], axis=0)
 
 
+def to_words(x: Array) -> Array:
+    """[R, T] in elements of 32 bits, the only ones that lanes move in: four bytes in each where whole tiles allow it."""
+    pack = 4 // x.dtype.itemsize
+    if x.shape[0] % (8 * pack) == 0:
+        return pltpu.bitcast(x, jnp.int32)
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    return lax.bitcast_convert_type(x, kind).astype(jnp.int32)
+
+
+def from_words(words: Array, dtype: jnp.dtype, rows: int) -> Array:
+    """Inverts ``to_words``: [R, T]."""
+    if rows != words.shape[0] or dtype.itemsize == 4:
+        return pltpu.bitcast(words, dtype)
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[dtype.itemsize]
+    return lax.bitcast_convert_type(words.astype(kind), dtype)
+
+
 def split_limbs(x: Array, unit: Array) -> Array:
     """x / unit, |x| <= 32512 unit, as int8 high limbs and, below them, low limbs [2 M, .]."""
     whole = jnp.round(x / unit).astype(jnp.int32)
@@ -282,11 +299,10 @@ def weighted_values(
 ) -> Array:
     """Probabilities [M, T] times values, [M, H]; scales and zero points [n, T]."""
     alpha, beta = levels.line
-    if scale is None:
-        return dot(probs.astype(levels.dtype), operands, (1, 1))
-    # Scales of free slots may be NaN: their weight is zero, not 0 * NaN.
-    groups, rows = scale.shape[0], probs.shape[0]
-    weights = [jnp.where(seen, probs * scale[g : g + 1].astype(jnp.float32), 0.0) for g in range(groups)]
+    groups, rows = 1 if scale is None else scale.shape[0], probs.shape[0]
+    weights = [probs]
+    if scale is not None:  # those of free slots may be NaN: their weight is zero, not 0 * NaN
+        weights = [jnp.where(seen, probs * scale[g : g + 1].astype(jnp.float32), 0.0) for g in range(groups)]
     stacked = weights[0] if groups == 1 else jnp.concatenate(weights, axis=0)
     if levels.limbs:
         # Probabilities are at most 1: relative to the largest weight anywhere, so is what rounding to a unit loses.

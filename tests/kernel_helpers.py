@@ -29,15 +29,18 @@ def random_codes(
     tile: int = 0,
     zero: bool = False,
     gain: int = 0,
+    bare: bool = False,
     dtype="bfloat16",
 ) -> Codes:
     """Codes [..., H, S]: of a Gaussian in the plain forms, else random codes, scales per group of channels or slot tile.
 
-    ``gain``: 1 for one gain per slot, more for one per channel and so many slots.
+    ``gain``: 1 for one gain per slot, more for one per channel and so many slots. ``bare``: without scales.
     """
     x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
     if fmt == "dense":
         return dense(x, dtype)
+    if bare:
+        return dataclasses.replace(absmax_encode(x, fmt), scale=None)
     if fmt in ("e4m3", "e5m2") or (grid == "uniform" and groups == 1 and not tile and not zero and not gain):
         return absmax_encode(x, fmt)
     *lead, dim, slots = shape
@@ -65,6 +68,7 @@ class Case:
     slots: int = 300
     lengths: tuple[int, ...] = (300, 151)
     page: int = 0
+    parts: int = 1  # pages of a block of the pool
     scattered: bool = False  # positions in any order with holes, else consecutive
     bias: bool = False
     centre: int = 0
@@ -79,10 +83,10 @@ def build(case: Case, seed: int = 0) -> tuple[tuple, dict]:
     """(q, k, v) and the keyword arguments of ``decode`` for a case."""
     rng = np.random.default_rng(seed)
     pages = -(-case.slots // case.page) if case.page else 0
-    pool = case.batch * pages + 3
+    pool = -(-(case.batch * pages + 3) // case.parts)
     slots = pages * case.page if case.page else case.slots
     lead = (pool, case.heads) if case.page else (case.batch, case.heads)
-    shape = (*lead, case.dim, case.page or slots)
+    shape = (*lead, case.dim, case.page * case.parts or slots)
     k = random_codes(rng, case.fmt, shape, **case.keys)
     v = None if case.latent else random_codes(rng, case.value_fmt or case.fmt, shape, **case.values)
     q_shape = (case.batch, case.heads, case.rows)
@@ -99,8 +103,10 @@ def build(case: Case, seed: int = 0) -> tuple[tuple, dict]:
         kw["k_pos"] = Span(start, length)
         kw["q_pos"] = (start + length - 1)[:, None] - jnp.arange(case.rows, dtype=jnp.int32) % 2
     if case.page:
-        table = rng.permutation(pool)[: case.batch * pages].reshape(case.batch, pages)
+        table = rng.permutation(pool * case.parts)[: case.batch * pages].reshape(case.batch, pages)
         used = np.asarray(-(-length // case.page))[:, None] if not case.scattered else pages
+        if case.parts > 1:
+            kw["page"] = case.page
         kw["table"] = jnp.asarray(np.where(np.arange(pages) < used, table, 10**6), jnp.int32)
     if case.bias:
         kw["bias"] = jnp.asarray(rng.standard_normal((case.batch, case.heads, slots)), jnp.float32)
@@ -137,6 +143,8 @@ CASES = {
     "K8V4, 80 channels": Case("int8", "int4", dim=80, rows=8),
     "dense keys, int2 values, 128 channels": Case("dense", "int2", dim=128, rows=5),
     "256 channels": Case("int4", dim=256, rows=2),
+    "int8 without scales": Case("int8", keys={"bare": True}, values={"bare": True}, options={"scale": 2e-4}),
+    "int4 without scales": Case("int4", keys={"bare": True}, values={"bare": True}, options={"scale": 2e-3}),
     "cubic": Case(keys={"grid": "cubic"}, values={"grid": "cubic"}, bound=6e-3),
     "cubic int2": Case("int2", keys={"grid": "cubic"}, values={"grid": "cubic"}, bound=6e-3),
     "cubic int3": Case("int3", keys={"grid": "cubic"}, values={"grid": "cubic"}, bound=6e-3),
@@ -170,6 +178,13 @@ CASES = {
     "pages of 256": Case("int8", "int4", page=256, slots=700, lengths=(512, 1)),
     "pages with positions": Case(page=128, slots=600, scattered=True),
     "pages of KIVI": Case("int2", page=128, slots=600, keys=ZERO | {"tile": 32}, values=ZERO | {"groups": 2}),
+    "pages of 16": Case(page=16, parts=8, slots=600, lengths=(600, 17), options={"window": 300}),
+    "pages of 64, several heads": Case("int8", "int2", page=64, parts=4, heads=16, rows=1, slots=200, lengths=(200, 64)),
+    "pages of 16 with positions": Case("dense", page=16, parts=8, slots=72, scattered=True, bias=True),
+    "pages of 32 with centre": Case("int3", page=32, parts=4, slots=400, lengths=(385, 1), centre=8),
+    "pages of 32 of KIVI": Case("int2", page=32, parts=4, slots=416, keys=ZERO | {"tile": 32}, values=ZERO | {"groups": 2}),
+    "pages of 256 in blocks of 512": Case("int8", "int4", page=256, parts=2, slots=700, lengths=(512, 1)),
+    "latent in pages of 64": Case("int8", heads=1, rows=20, dim=128, latent=32, page=64, parts=2),
     "pages with centre": Case(page=128, slots=600, centre=8),
     "sixteen heads": Case(heads=16, rows=1, batch=1, slots=130, lengths=(130,)),
 }

@@ -17,7 +17,7 @@ from memjax.pallas_kernels.decode import Centre, decode, decode_reference, decod
 from memjax.pallas_kernels.slots import Span, visible
 
 BATCH, HEADS, ROWS, SLOTS, DIM, EXTRA = 2, 2, 5, 40, 16, 4
-STATIC = ("scale", "softcap", "window", "recent", "sinks", "mass")
+STATIC = ("scale", "page", "softcap", "window", "recent", "sinks", "mass")
 xla = quick_jit(decode_xla, static_argnames=("block", *STATIC))
 reference = quick_jit(decode_reference, static_argnames=STATIC[:-1])
 
@@ -142,6 +142,8 @@ def test_small_values_survive_float16_queries(fmt):
 XLA_CASES = {
     "pages": Case("int4", page=32),
     "pages with positions": Case("int8", page=32, scattered=True),
+    "pages of 16 in blocks of 128": Case("int4", page=16, parts=8),
+    "pages of 32 of KIVI in blocks": Case("int2", page=32, parts=4, keys={"tile": 32, "zero": True}, scattered=True),
     "zero points": Case("int4", keys={"zero": True}, values={"zero": True}),
     "groups of channels": Case("int4", keys={"groups": 2, "zero": True}, values={"groups": 4, "zero": True}),
     "KIVI": Case("int2", slots=320, keys={"tile": 32, "zero": True}, values={"groups": 2, "zero": True}),
@@ -168,6 +170,30 @@ def test_the_plain_path_serves_every_form(case, block):
     found = decode_xla(q, k, v, block=block, mass=True, **kw, **static)
     for x, expected in zip(found, decode_reference(q, k, v, **kw, **static), strict=True):
         assert relative(x, expected) < 6e-3
+
+
+def test_pages_that_share_blocks_are_pages():
+    (q, k, v), kw = build(Case("int8", page=16, parts=4, slots=100, lengths=(100, 30)))
+    page = kw.pop("page")
+
+    def alone(codes):
+        def split(leaf):
+            return jnp.concatenate(jnp.split(leaf[:, None], 4, axis=-1), axis=1).reshape(-1, *leaf.shape[1:-1], page)
+
+        return jax.tree.map(split, codes)
+
+    for x, expected in zip(reference(q, k, v, page=page, **kw), reference(q, alone(k), alone(v), **kw), strict=True):
+        np.testing.assert_array_equal(x, expected)
+
+
+def test_a_page_must_fit():
+    (q, k, v), kw = build(Case("int4", page=32, parts=4, slots=100, keys={"tile": 32, "zero": True}))
+    with pytest.raises(ValueError, match=r"divides the pool's blocks of 128 slots, got 48"):
+        decode(q, k, v, **kw | {"page": 48})
+    with pytest.raises(ValueError, match=r"got 16 and of the 32 slots that share a scale"):
+        decode(q, k, v, **kw | {"page": 16})
+    with pytest.raises(ValueError, match=r"page=32 without a page table"):
+        decode(q, k, v, **kw | {"table": None})
 
 
 def test_the_centring_term_is_what_a_roped_constant_adds():

@@ -18,7 +18,7 @@ from memjax.pallas_kernels.slots import Span
 
 DECODED = 5e-3  # values are rounded to bfloat16 after they are decoded, probabilities too
 OWN = {
-    "pages of 16": Case(page=16),
+    "pages of 16, each a block": Case(page=16),
     "pages of 64, one token past": Case("int8", page=64, lengths=(300, 65)),
     "int3, 80 channels": Case("int3", dim=80),
     "values with scales per channel and 32 slots": Case("int2", slots=320, values=ZERO | {"tile": 32}, bound=DECODED),
@@ -30,7 +30,7 @@ CUBIC_BOUND = 9e-3  # the polynomial is evaluated in bfloat16
 
 # Tracing unrolled kernels takes seconds a case; the fast run has one of each kind.
 FAST = ("dense", "int4", "K4V2, 96 channels", "cubic", "table", "groups of channels", "KIVI", "positions", "centre", "latent")
-FAST = (*FAST, "int3", "KVarN in 3 bits", "K3V2, 96 channels")
+FAST = (*FAST, "pages of 16", "int3", "KVarN in 3 bits", "K3V2, 96 channels")
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from kernel_helpers import CASES, KVARN, PREFILL, TABLE, Case, build, check, chunk, random_codes, with_nan_scales
 
+from memjax.pallas_kernels import tpu_operands
 from memjax.pallas_kernels.append import append
 from memjax.pallas_kernels.choose import Target, tpu_generation
 from memjax.pallas_kernels.codes import dense
@@ -33,7 +34,7 @@ def test_decode_gives_what_the_reference_says(case):
 
 
 LIMBED = ("int8", "int4", "int3", "int2", "K4V2, 96 channels", "table", "int3 table", "zero points", "groups of channels")
-LIMBED = (*LIMBED, "gains per slot", "pages of 256")
+LIMBED = (*LIMBED, "gains per slot", "pages of 256", "pages of 16", "int8 without scales", "int4 without scales")
 
 
 @pytest.mark.parametrize("case", LIMBED)
@@ -89,6 +90,17 @@ def test_a_nan_that_is_seen_is_not_hidden():
     assert np.isfinite(out[1]).all()
 
 
+@pytest.mark.parametrize("generation", ["TPU v5p", "TPU v6 lite"])
+@pytest.mark.parametrize("lengths", [(0, 0, 0), (0, 2500, 0), (2500, 0, 1), (3000, 3000, 3000)])
+def test_chains_of_copies_pass_over_rows_without_tokens(lengths, generation, monkeypatch):
+    """Several steps of pages, several blocks of heads, two parts of the sequence; on two cores chains are short."""
+    monkeypatch.setattr(tpu_operands, "target", lambda: Target("tpu", generation))
+    case = Case("int8", batch=3, heads=16, rows=1, page=256, slots=3000, lengths=lengths)
+    (q, k, v), kw = build(case)
+    found = decode_tpu(q, k, v, interpret=True, splits=2, **kw)
+    check(found, decode_reference(q, k, v, **kw)[:2], 3e-3)
+
+
 @given(
     fmt=st.sampled_from(["dense", "int8", "int4", "int3", "int2"]),
     rows=st.integers(1, 9),
@@ -117,6 +129,7 @@ RACES = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager", on_
         Case(heads=1, slots=300),
         Case(heads=1, page=128, slots=300, lengths=(300, 100)),
         Case("int3", heads=1, slots=384, lengths=(384, 100), **KVARN),
+        Case("int8", heads=16, rows=1, page=64, parts=2, slots=300, lengths=(300, 0)),
     ],
 )
 def test_decode_has_no_races(case):
@@ -247,7 +260,7 @@ def test_append_refuses_what_does_not_match():
 
 REFUSED = {
     "int2, a type that TPU v4 lacks": ("TPU v4", Case("int2")),
-    "pages of 16 slots; a TPU's rows have 128 lanes": ("TPU v6 lite", Case(page=16)),
+    "store pages of 16 slots several to a block of 128 and say page=16": ("TPU v6 lite", Case(page=16)),
     "TPU kernels read bfloat16 or float32": ("TPU v6 lite", Case("dense", keys={"dtype": "float16"})),
     "a centring term needs consecutive positions": ("TPU v5 lite", Case(centre=4, scattered=True)),
     r"table must hold integers in -127 .. 127": ("TPU v6 lite", Case(keys={"grid": (*TABLE[:-1], 128)})),

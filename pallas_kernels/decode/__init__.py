@@ -33,6 +33,7 @@ def decode(
     bias: Float[Array, "B 1|K S"] | None = None,
     centre: Centre | None = None,
     table: Int[Array, "B n"] | None = None,
+    page: int | None = None,
     sink_logits: Float[Array, "K M"] | None = None,
     softcap: float | None = None,
     window: int | None = None,
@@ -58,6 +59,9 @@ def decode(
       bias: added to the logits of a slot, float32.
       centre: what the constant part of the keys adds, see ``Centre``.
       table: page numbers of each row, in order; S = n * page. Entries behind the row's last token are not read.
+      page: slots of a page, if a block of the pool holds several: page n is part n % (block / page) of block
+        n // (block / page), and ``k`` is [blocks, K, C, block]. For a TPU, whose rows of 128 lanes are what memory moves in,
+        pages of 8 to 64 slots have to be stored so; each then costs the reading of 128 slots.
       sink_logits: a learned logit per row in the softmax's denominator (attention sinks of gpt-oss).
       window: sliding window of the model: a query sees the slots at a distance below it.
       recent, sinks: an evictor's window: what is at a distance >= recent is gone, but for positions below ``sinks``.
@@ -87,14 +91,14 @@ def decode(
         "centre_weights": None if centre is None else centre.weights,
         "table": table,
     }
-    static = {"scale": scale, "softcap": softcap, "window": window, "recent": recent, "sinks": sinks}
+    static = {"scale": scale, "page": page, "softcap": softcap, "window": window, "recent": recent, "sinks": sinks}
     frequencies = None if centre is None else centre.inv_freq
     if q_pos.shape != (q.shape[0], q.shape[2]):
         raise ValueError(f"decode needs q_pos [{q.shape[0]}, {q.shape[2]}], got {list(q_pos.shape)}")
-    check_codes("decode", q, k, v, k_pos, q_extra, k_extra, bias, table)
+    check_codes("decode", q, k, v, k_pos, q_extra, k_extra, bias, table, page)
     if mass and sink_logits is not None:
         raise ValueError("decode cannot return mass with sink_logits: the sink's share differs from row to row")
-    chosen = choose("decode", implementation, _refusals(arrays), bool(interpret)).implementation
+    chosen = choose("decode", implementation, _refusals(arrays, page), bool(interpret)).implementation
 
     def run(arrays: dict):
         weights = arrays["centre_weights"]
@@ -116,20 +120,29 @@ def decode(
     return (out, lse, probabilities) if mass else (out, lse)
 
 
-def choice(q, k: Codes, v: Codes | None, *, implementation: str | None = None, interpret: bool = False, **arrays) -> Choice:
+def choice(
+    q,
+    k: Codes,
+    v: Codes | None,
+    *,
+    page: int | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+    **arrays,
+) -> Choice:
     """What ``decode`` would run for these arguments (arrays or ``jax.ShapeDtypeStruct``), and why."""
-    return choose("decode", implementation, _refusals({"q": q, "k": k, "v": v, **arrays}), interpret)
+    return choose("decode", implementation, _refusals({"q": q, "k": k, "v": v, **arrays}, page), interpret)
 
 
-def _refusals(arrays: dict) -> dict[str, Callable[[Target], str | None]]:
+def _refusals(arrays: dict, page: int | None) -> dict[str, Callable[[Target], str | None]]:
     def never(on: Target) -> None:
         return None
 
     return {
         "reference": never,
         "xla": never,
-        "tpu": lambda on: tpu.why_not(on, arrays),
-        "gpu": lambda on: gpu.why_not(on, arrays),
+        "tpu": lambda on: tpu.why_not(on, arrays, page),
+        "gpu": lambda on: gpu.why_not(on, arrays, page),
     }
 
 
@@ -163,10 +176,12 @@ def not_differentiable(op: str, function: Callable) -> Callable:
     return call
 
 
-def check_codes(op: str, q, k: Codes, v: Codes | None, k_pos: Positions, q_extra, k_extra, bias, table) -> None:
+def check_codes(op: str, q, k: Codes, v: Codes | None, k_pos: Positions, q_extra, k_extra, bias, table, page) -> None:
     """Raises ValueError where shapes of queries, codes, positions, bias and page table do not fit."""
     batch, heads, rows, dim = q.shape
-    slots = k.slots * (1 if table is None else table.shape[1])
+    if page is not None:
+        _check_page(op, page, table, [codes for codes in (k, v, k_extra) if codes is not None])
+    slots = k.slots if table is None else (page or k.slots) * table.shape[1]
     lead = (batch, heads) if table is None else (k.data.shape[0], heads)
     for name, codes in (("k", k), ("v", v), ("k_extra", k_extra)):
         if codes is not None and (codes.data.shape[:2] != lead or codes.slots != k.slots):
@@ -190,3 +205,14 @@ def check_codes(op: str, q, k: Codes, v: Codes | None, k_pos: Positions, q_extra
     for name, value in (("k_pos", None if isinstance(k_pos, Span) else k_pos), ("bias", bias)):
         if value is not None and value.shape not in ((batch, 1, slots), (batch, heads, slots)):
             raise ValueError(f"{op} needs {name} [{batch}, 1 or {heads}, {slots}], got {list(value.shape)}")
+
+
+def _check_page(op: str, page: int, table, streams: list[Codes]) -> None:
+    if table is None:
+        raise ValueError(f"{op} got page={page} without a page table")
+    for codes in streams:
+        for leaf in jax.tree.leaves(codes):
+            run = codes.slots // leaf.shape[-1]
+            if page < 1 or codes.slots % page or page % run:
+                tiles = f" and of the {run} slots that share a scale" if run > 1 else ""
+                raise ValueError(f"{op} needs a page that divides the pool's blocks of {codes.slots} slots, got {page}{tiles}")

@@ -27,13 +27,14 @@ def decode_gpu(
     q_extra: Array | None = None,
     centre: Centre | None = None,
     table: Array | None = None,
+    page: int | None = None,
     splits: int | None = None,
     name: str = "memjax_decode",
     **options,
 ) -> tuple[Array, Array, Array | None]:
     """Same meaning and arguments as ``decode_reference``. ``splits``: parts of the sequence that run in parallel."""
     rows = q.shape[2]
-    plan = _plan(q, k, v, table, splits, centre is not None)
+    plan = _plan(q, k, v, table, page, splits, centre is not None)
 
     def pad(x: Array | None) -> Array | None:
         extra = -rows % plan.rows
@@ -43,7 +44,7 @@ def decode_gpu(
         centre = Centre(pad(centre.weights), centre.inv_freq)
     at = jnp.pad(q_pos, ((0, 0), (0, -rows % plan.rows)), constant_values=-1)
     out, lse, scores = attention_gpu(
-        plan, pad(q), k, v, q_pos=at, q_extra=pad(q_extra), centre=centre, table=table, name=name, **options
+        plan, pad(q), k, v, q_pos=at, q_extra=pad(q_extra), centre=centre, table=table, page=page, name=name, **options
     )
     out, lse = merge_stacked(out[..., :rows, :], lse[..., :rows])
     if scores is None:
@@ -52,7 +53,9 @@ def decode_gpu(
     return out, lse, jnp.sum(jnp.exp(scores[:, :, :rows] - finite), axis=2)
 
 
-def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, splits: int | None, centred: bool) -> Plan:
+def _plan(
+    q: Array, k: Codes, v: Codes | None, table: Array | None, page: int | None, splits: int | None, centred: bool
+) -> Plan:
     """Enough parts to keep the processors busy twice over, none of them short; more warps for what takes registers."""
     batch, kv_heads, rows, _ = q.shape
     both = [codes for codes in (k, v) if codes is not None]
@@ -60,8 +63,10 @@ def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, splits: int 
     forms = [form_of(codes) for codes in both]
     masked = any(form.padded != form.dim for form in forms)
     tile = TILE // 2 if masked else TILE
-    tile = tile if table is None else min(tile, k.slots)
-    slots = k.slots if table is None else k.slots * table.shape[1]
+    slots = k.slots
+    if table is not None:
+        size = page or k.slots
+        tile, slots = min(tile, size), size * table.shape[1]
     block = 16 if widest > 256 or rows <= 16 else 32
     programs = batch * kv_heads * -(-rows // block)
     if splits is None:

@@ -13,6 +13,11 @@ from memjax.pallas_kernels.codes import Codes
 from memjax.pallas_kernels.slots import Positions, positions, visible
 
 
+def pages_per_block(k: Codes, page: int | None) -> int:
+    """Pages in a block of a pool of codes; None: a block is a page."""
+    return 1 if page is None else k.slots // page
+
+
 class Centre(NamedTuple):
     """The exact part of a score that the constant part of the keys leaves: q . R_t mu for a slot at position t.
 
@@ -34,11 +39,20 @@ def centre_scores(centre: Centre, k_pos: Int[Array, "B 1|K S"]) -> Float[Array, 
     return jnp.einsum("bkmf,bkfs->bkms", centre.weights, features, precision=jax.lax.Precision.HIGHEST)
 
 
-def gather_pages[Tree](pool: Tree, table: Int[Array, "B n"]) -> Tree:
-    """Slots of each row in order, leaves [B, K, ..., n * page], of a pool of pages [pages, K, ..., page]."""
+def gather_pages[Tree](pool: Tree, table: Int[Array, "B n"], parts: int = 1) -> Tree:
+    """Slots of each row in order, leaves [B, K, ..., n * page], of a pool [blocks, K, ..., parts * page].
+
+    Page n is part n % parts of block n // parts. Numbers that do not exist give some page.
+    """
 
     def gather(leaf: Array) -> Array:
-        found = jnp.moveaxis(leaf[table], 1, -2)  # [B, K, ..., n, page]
+        size = leaf.shape[-1] // parts
+
+        def page(number):
+            begin = (number // parts, *(0,) * (leaf.ndim - 2), number % parts * size)
+            return jax.lax.dynamic_slice(leaf, begin, (1, *leaf.shape[1:-1], size))[0]
+
+        found = jnp.moveaxis(jax.vmap(jax.vmap(page))(table), 1, -2)  # [B, K, ..., n, page]
         return found.reshape(*found.shape[:-2], -1)
 
     return jax.tree.map(gather, pool)
@@ -57,6 +71,7 @@ def decode_reference(
     bias: Float[Array, "B 1|K S"] | None = None,
     centre: Centre | None = None,
     table: Int[Array, "B n"] | None = None,
+    page: int | None = None,
     softcap: float | None = None,
     window: int | None = None,
     recent: int | None = None,
@@ -71,7 +86,7 @@ def decode_reference(
     f32 = jnp.float32
     hi = jax.lax.Precision.HIGHEST
     if table is not None:
-        k, v, k_extra = gather_pages((k, v, k_extra), table)
+        k, v, k_extra = gather_pages((k, v, k_extra), table, pages_per_block(k, page))
     keys = k.decode(f32)
     values = keys if v is None else v.decode(f32)
     k_pos = positions(k_pos, k.slots)

@@ -1,4 +1,4 @@
-"""Flash decode on a TPU: the codes of up to eight kv heads stream through on-chip memory in tiles of about 2 MiB."""
+"""Flash decode on a TPU: the codes of up to eight kv heads stream through on-chip memory in tiles of up to 4 MiB."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from memjax.pallas_kernels import tpu_tile as tile
-from memjax.pallas_kernels.choose import target, tpu_generation
 from memjax.pallas_kernels.codes import Codes
 from memjax.pallas_kernels.decode.reference import Centre
 from memjax.pallas_kernels.merge import merge_stacked
 from memjax.pallas_kernels.tpu_attention import attention_tpu
-from memjax.pallas_kernels.tpu_operands import Plan, cut_slots, unit_of, why_not
+from memjax.pallas_kernels.tpu_operands import Plan, cut_slots, megacore, unit_of, why_not
 
 __all__ = ["decode_tpu", "why_not"]
 
-STEP_BYTES = 2 * 2**20  # codes copied per step, keys and values together
-LONGEST_STEP = 4096  # slots
+STEP_BYTES = 4 * 2**20  # codes copied per step, keys and values together, at most
+LONGEST_STEP, SHORTEST_STEP = 4096, 1024  # slots
+STEPS = 8  # a row's last step is half empty on average: this many, unless they become too short to be worth their fixed cost
 HEADS_PER_STEP = 8
-MEGACORE = ("v4", "v5p")  # two cores run one program
 
 
 def decode_tpu(
@@ -30,12 +29,13 @@ def decode_tpu(
     q_extra: Array | None = None,
     centre: Centre | None = None,
     table: Array | None = None,
+    page: int | None = None,
     splits: int | None = None,
     name: str = "memjax_decode",
     **options,
 ) -> tuple[Array, Array, Array | None]:
     """Same meaning and arguments as ``decode_reference``. ``splits``: parts of the sequence that run in parallel."""
-    plan = _plan(q, k, v, table, splits)
+    plan = _plan(q, k, v, table, page, splits)
 
     def blocks(x: Array | None) -> Array | None:
         return None if x is None else tile.pad_rows(x, plan.rows)[:, :, None]
@@ -54,16 +54,16 @@ def decode_tpu(
     return out, lse, jnp.sum(jnp.exp(scores[:, :, :rows] - finite), axis=2)
 
 
-def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, splits: int | None) -> Plan:
+def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, page: int | None, splits: int | None) -> Plan:
     """All rows in one block; a second core takes another row of the batch, or half of the sequence if there is none."""
     batch, kv_heads, rows, _ = q.shape
     heads = HEADS_PER_STEP if kv_heads % HEADS_PER_STEP == 0 else kv_heads
     stored = sum(c.data.shape[-2] * c.data.dtype.itemsize for c in (k, v) if c is not None)
-    unit = unit_of(k, v)
-    slots, size, pages = cut_slots(k, table, min(STEP_BYTES // (heads * stored), LONGEST_STEP), unit)
-    steps = -(-slots // (size * pages))
+    slots = k.slots if table is None else (page or k.slots) * table.shape[1]
+    most = min(STEP_BYTES // (heads * stored), LONGEST_STEP, max(slots // STEPS, SHORTEST_STEP))
+    sizes = cut_slots(k, table, page, most, unit_of(k, v))
     if splits is None:
-        splits = 2 if tpu_generation(target().kind) in MEGACORE and batch * kv_heads // heads == 1 else 1
-    splits = min(splits, steps)
-    padded = -(-rows // 8) * 8
-    return Plan(heads, padded, 1, size, pages, -(-steps // splits), splits, slots, table is not None, unit=unit)
+        splits = 2 if megacore() and batch * kv_heads // heads == 1 else 1
+    splits = min(splits, sizes["steps"])
+    sizes["steps"] = -(-sizes["steps"] // splits)
+    return Plan(heads, -(-rows // 8) * 8, 1, splits=splits, chained=not megacore(), **sizes)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from memjax.pallas_kernels.codes import Codes
-from memjax.pallas_kernels.decode.reference import Centre, centre_scores, gather_pages
+from memjax.pallas_kernels.decode.reference import Centre, centre_scores, gather_pages, pages_per_block
 from memjax.pallas_kernels.merge import merge
 from memjax.pallas_kernels.slots import Positions, positions, visible
 
@@ -34,14 +34,17 @@ def decode_xla(
     bias: Float[Array, "B 1|K S"] | None = None,
     centre: Centre | None = None,
     table: Int[Array, "B n"] | None = None,
+    page: int | None = None,
     block: int = BLOCK,
     mass: bool = False,
     **options,
 ) -> tuple[Float[Array, "B K M Hv"], Float[Array, "B K M"], Float[Array, "B K S"] | None]:
     """Same meaning and arguments as ``decode_reference``, in memory bounded by ``block`` slots; no mass unless asked."""
-    slots = k.slots if table is None else k.slots * table.shape[1]
+    parts = pages_per_block(k, page)
+    slots = k.slots if table is None else k.slots // parts * table.shape[1]
     # A block holds whole pages, whole tiles of scales.
-    run = k.slots if table is not None else math.lcm(*(slots // leaf.shape[-1] for leaf in jax.tree.leaves((k, v, k_extra))))
+    runs = [slots // leaf.shape[-1] for leaf in jax.tree.leaves((k, v, k_extra))]
+    run = k.slots // parts if table is not None else math.lcm(*runs)
     block = max(run, block // run * run)
     k_pos = positions(k_pos, slots)
 
@@ -51,7 +54,7 @@ def decode_xla(
             return jax.lax.dynamic_slice_in_dim(leaf, start // each, size // each, axis=-1)
 
         codes = (k, v, k_extra)
-        codes = jax.tree.map(cut, codes) if table is None else gather_pages(codes, cut(table, slots))
+        codes = jax.tree.map(cut, codes) if table is None else gather_pages(codes, cut(table, slots), parts)
         at = cut(k_pos)
         extra = None if bias is None else cut(bias)
         return _one_block(q, *codes, q_pos, at, q_extra, extra, centre, scale=scale, **options)

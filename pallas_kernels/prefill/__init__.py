@@ -32,6 +32,7 @@ def prefill(
     q_extra: Float[Array, "B K M E"] | None = None,
     k_extra: Codes | None = None,
     table: Int[Array, "B n"] | None = None,
+    page: int | None = None,
     sink_logits: Float[Array, "K M"] | None = None,
     softcap: float | None = None,
     window: int | None = None,
@@ -59,7 +60,7 @@ def prefill(
             f"prefill needs rows in multiples of groups={groups} and q_start [{q.shape[0]}], got {q.shape[2]} rows and "
             f"q_start {list(q_start.shape)}"
         )
-    check_codes("prefill", q, k, v, k_pos, q_extra, k_extra, None, table)
+    check_codes("prefill", q, k, v, k_pos, q_extra, k_extra, None, table, page)
     arrays = {
         "q": q,
         "k": k,
@@ -70,8 +71,8 @@ def prefill(
         "k_extra": k_extra,
         "table": table,
     }
-    static = {"scale": scale, "softcap": softcap, "window": window, "recent": recent, "sinks": sinks}
-    chosen = choose("prefill", implementation, _refusals(arrays), bool(interpret)).implementation
+    static = {"scale": scale, "page": page, "softcap": softcap, "window": window, "recent": recent, "sinks": sinks}
+    chosen = choose("prefill", implementation, _refusals(arrays, page), bool(interpret)).implementation
 
     def plain(arrays: dict):
         rest = dict(arrays)
@@ -93,17 +94,26 @@ def prefill(
     return (out, lse) if sink_logits is None else add_sink((out, lse), sink_logits)
 
 
-def choice(q, k: Codes, v: Codes | None, *, implementation: str | None = None, interpret: bool = False, **arrays) -> Choice:
+def choice(
+    q,
+    k: Codes,
+    v: Codes | None,
+    *,
+    page: int | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+    **arrays,
+) -> Choice:
     """What ``prefill`` would run for these arguments (arrays or ``jax.ShapeDtypeStruct``), and why."""
-    return choose("prefill", implementation, _refusals({"q": q, "k": k, "v": v, **arrays}), interpret)
+    return choose("prefill", implementation, _refusals({"q": q, "k": k, "v": v, **arrays}, page), interpret)
 
 
-def _refusals(arrays: dict) -> dict[str, Callable[[Target], str | None]]:
+def _refusals(arrays: dict, page: int | None) -> dict[str, Callable[[Target], str | None]]:
     return {
         "reference": lambda on: None,
         "xla": lambda on: None,
-        "tpu": lambda on: tpu.why_not(on, arrays),
-        "gpu": lambda on: gpu.why_not(on, arrays),
+        "tpu": lambda on: tpu.why_not(on, arrays, page),
+        "gpu": lambda on: gpu.why_not(on, arrays, page),
     }
 
 

@@ -24,6 +24,7 @@ def prefill_gpu(
     groups: int,
     q_extra: Array | None = None,
     table: Array | None = None,
+    page: int | None = None,
     **options,
 ) -> tuple[Array, Array]:
     """Same meaning and arguments as ``prefill_reference``."""
@@ -32,7 +33,7 @@ def prefill_gpu(
     padded = -(-tokens // ROWS) * ROWS
     # Wide heads and unpacked codes need registers: smaller tiles leave enough of them, on an A100 too.
     tile = TILE if k.dim <= 128 and k.fmt == "dense" else TILE // 2
-    plan = Plan(ROWS, tile if table is None else min(tile, k.slots), 1, warps=8)
+    plan = Plan(ROWS, tile if table is None else min(tile, page or k.slots), 1, warps=8)
 
     def pad(x: Array | None) -> Array | None:
         if x is None:
@@ -46,6 +47,16 @@ def prefill_gpu(
     token = jnp.arange(padded, dtype=jnp.int32)
     q_pos = jnp.tile(jnp.where(token < tokens, q_start[:, None] + token, -1), (1, groups))
     out, lse, _ = attention_gpu(
-        plan, pad(q), k, v, q_pos=q_pos, k_pos=k_pos, q_extra=pad(q_extra), table=table, name="memjax_prefill", **options
+        plan,
+        pad(q),
+        k,
+        v,
+        q_pos=q_pos,
+        k_pos=k_pos,
+        q_extra=pad(q_extra),
+        table=table,
+        page=page,
+        name="memjax_prefill",
+        **options,
     )
     return cut(out[:, :, 0]), cut(lse[:, :, 0, :, None])[..., 0]

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from memjax.pallas_kernels.codes import Codes
 from memjax.pallas_kernels.slots import Positions
 from memjax.pallas_kernels.tpu_attention import attention_tpu
-from memjax.pallas_kernels.tpu_operands import Plan, cut_slots, unit_of, why_not
+from memjax.pallas_kernels.tpu_operands import Plan, cut_slots, megacore, unit_of, why_not
 
 __all__ = ["prefill_tpu", "why_not"]
 
@@ -31,6 +31,7 @@ def prefill_tpu(
     groups: int,
     q_extra: Array | None = None,
     table: Array | None = None,
+    page: int | None = None,
     rows: int = ROWS,
     slots: int = SLOTS,
     **options,
@@ -41,10 +42,8 @@ def prefill_tpu(
     # Rows of one token block: a multiple of 8 sublanes, no longer than the tokens there are.
     block = min(max(8, rows // groups // 8 * 8), -(-tokens // 8) * 8)
     blocks = -(-tokens // block)
-    unit = unit_of(k, v)
-    total, size, pages = cut_slots(k, table, slots, unit)
-    steps = -(-total // (size * pages))
-    plan = Plan(1, groups * block, blocks, size, pages, steps, 1, total, table is not None, scores=SCORES, unit=unit)
+    sizes = cut_slots(k, table, page, slots, unit_of(k, v))
+    plan = Plan(1, groups * block, blocks, splits=1, chained=not megacore(), scores=SCORES, **sizes)
 
     def cut(x: Array | None) -> Array | None:
         if x is None:
