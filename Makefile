@@ -9,6 +9,8 @@ AOT := .venv-aot
 AOT_RUN := MEMJAX_AOT_PYTHON=$(CURDIR)/$(AOT)/bin/python
 # The compilers exist for Linux on x86-64; elsewhere the tests that need them are skipped.
 AOT_STAMP := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(AOT)/.installed)
+# Files of tests side by side, as many as there are cores; each process takes some 2 GB.
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 CANDIDATES := $(or $(PYTHON),python3.13 python3.12 \
 	$(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python $(HOME)/.pyenv/versions/3.12*/bin/python))
 
@@ -30,10 +32,10 @@ demo: $(STAMP)
 	$(RUN) -m memjax.cli demo --out demo_out
 
 test: lint $(AOT_STAMP)
-	$(AOT_RUN) $(RUN) -m pytest -m "not slow and not kernels"
+	$(AOT_RUN) $(PYTEST) -m "not slow and not kernels"
 
 test-slow: $(STAMP)
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-kernels: $(STAMP) $(AOT_STAMP)
 	$(AOT_RUN) $(RUN) -m pytest -m kernels

@@ -24,6 +24,7 @@ from memjax.pallas_kernels.codes import CUBIC, PACKED, Grid, neighbours
 MASKED = -1e30  # a score that is as good as -inf and has no NaN among its differences
 LANES = 128
 VMEM_LIMIT = 56 * 2**20  # bytes of on-chip memory; a 7x has 64 MiB
+WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _FIELDS = {"int4": (jnp.int4, jnp.uint4), "int3": (jnp.int4, jnp.uint4), "int2": (jnp.int2, jnp.uint2)}
 
 Stored = Array | tuple[Array, Array, Array]  # bytes [C, T] of a tile, or int3's thirds of them as words [C / 12, T]
@@ -106,16 +107,14 @@ def to_words(x: Array) -> Array:
     pack = 4 // x.dtype.itemsize
     if x.shape[0] % (8 * pack) == 0:
         return pltpu.bitcast(x, jnp.int32)
-    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    return lax.bitcast_convert_type(x, kind).astype(jnp.int32)
+    return lax.bitcast_convert_type(x, WORDS[x.dtype.itemsize]).astype(jnp.int32)
 
 
 def from_words(words: Array, dtype: jnp.dtype, rows: int) -> Array:
     """Inverts ``to_words``: [R, T]."""
     if rows != words.shape[0] or dtype.itemsize == 4:
         return pltpu.bitcast(words, dtype)
-    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[dtype.itemsize]
-    return lax.bitcast_convert_type(words.astype(kind), dtype)
+    return lax.bitcast_convert_type(words.astype(WORDS[dtype.itemsize]), dtype)
 
 
 def split_limbs(x: Array, unit: Array) -> Array:

@@ -19,14 +19,13 @@ from memjax.pallas_kernels import tpu_tile as tile
 from memjax.pallas_kernels.choose import Target
 
 LANES = tile.LANES
-_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def why_not(on: Target, leaves: list[Array]) -> str | None:
     """The reason why this kernel cannot serve leaves [B, K, ..., S] on a TPU; None if it can."""
     del on
     for leaf in leaves:
-        if leaf.dtype.itemsize not in _WORDS:
+        if leaf.dtype.itemsize not in tile.WORDS:
             return f"elements of {leaf.dtype.itemsize} bytes"
         if leaf.ndim not in (3, 4):
             return f"leaves of {leaf.ndim} axes, not [B, K, S] or [B, K, C, S]"
@@ -94,10 +93,7 @@ def _body(start_ref, count_ref, before_ref, new_ref, old_ref, out_ref, *, channe
 
 
 def _shift(before: Array, new: Array, offset: Array) -> Array:
-    """Lanes ``128 - offset ..`` of two neighbouring tiles [R, 128]; through 32 bits, which lanes move in."""
-    dtype, kind = new.dtype, _WORDS[new.dtype.itemsize]
-    both = [lax.bitcast_convert_type(x, kind).astype(jnp.int32) for x in (before, new)]
+    """Lanes ``128 - offset ..`` of two neighbouring tiles [R, 128]."""
     lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-    turned = [pltpu.roll(x, offset, 1) for x in both]
-    moved = jnp.where(lane < offset, turned[0], turned[1])
-    return lax.bitcast_convert_type(moved.astype(kind), dtype)
+    turned = [pltpu.roll(tile.to_words(x), offset, 1) for x in (before, new)]
+    return tile.from_words(jnp.where(lane < offset, turned[0], turned[1]), new.dtype, new.shape[0])
