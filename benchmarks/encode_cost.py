@@ -128,8 +128,8 @@ def main() -> None:
         "# Encoding a token, as a share of the attention that it is for",
         "",
         f"{', '.join(f'{key} {value}' for key, value in named.items())}; one layer, 8 kv heads of 128 channels, 32 query "
-        f"heads, batch of one, bfloat16. Median (largest) of {options.rounds} rounds in which all codecs ran in turn; how, says "
-        "`benchmarks/encode_cost.py`, which wrote this. On a shared machine: shares mean something, times do not.",
+        f"heads, batch of one, bfloat16. Median (largest) of {options.rounds} rounds in which all codecs ran in turn; how, "
+        "says `benchmarks/encode_cost.py`, which wrote this. On a shared machine: shares mean something, times do not.",
         "",
         *table(rows),
         "",
