@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.attention.attend import attend
 from memjax.attention.rope import apply_rope
-from memjax.cache.layer import LayerCache, commit, update
+from memjax.cache.layer import LayerCache, commit, commit_all, update
 from memjax.cache.policy import ModelCache
 from memjax.cache.spec import CacheSpec
 from memjax.models.config import ModelConfig
@@ -25,6 +25,8 @@ from memjax.models.source import TensorSource, check_tensors
 from memjax.pallas_kernels.codes import dense
 from memjax.pallas_kernels.decode import decode
 from memjax.pallas_kernels.slots import Span
+
+STAGED_IN_ALL_LAYERS = 16  # new tokens up to which layers wait for each other, to encode theirs together
 
 
 class RMSNorm(nnx.Module):
@@ -67,7 +69,7 @@ class Attention(nnx.Module):
             projection = self.out.kernel[...].reshape(q.shape[2], self.head_dim, -1)
             cache = update(cache, k, v, lengths, queries=q, output_projection=projection)
             cache = commit(cache) if compress_first else cache
-            out, cache = attend(cache, q), commit(cache)
+            out, cache = attend(cache, q), cache if tokens <= STAGED_IN_ALL_LAYERS else commit(cache)
         return self.out(out.reshape(batch, tokens, -1)), cache
 
     def project(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
@@ -157,7 +159,7 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(self.layers):
             x, layer_cache = layer(x, None if cache is None else cache[i], lengths, compress_first)
             caches.append(layer_cache)
-        return self.norm(x), None if cache is None else tuple(caches)
+        return self.norm(x), None if cache is None else commit_all(caches)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits, float32."""

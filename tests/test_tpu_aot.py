@@ -22,8 +22,8 @@ from kernel_cases import Case, as_request, decode_cases, other_cases, refused_ca
 
 PYTHON = Path(os.environ.get("MEMJAX_AOT_PYTHON", REPOSITORY / ".venv-aot/bin/python"))
 # Bundles per 1,024 slots of a kv head in the steady loop, head dimension 128: what was measured, and 7 % more.
-BUDGET = {("v5e", "int8"): 168, ("v5e", "int4"): 143, ("v6e", "int8"): 170, ("v6e", "int4"): 143}
-BUDGET |= {("v5e", "int3"): 216, ("v6e", "int3"): 196}
+BUDGET = {("v5e", "int8", None): 138, ("v5e", "int4", None): 131, ("v6e", "int8", None): 135, ("v6e", "int4", None): 133}
+BUDGET |= {("v5e", "int3", None): 195, ("v6e", "int3", None): 175, ("v6e", "int4", 256): 140, ("v6e", "int4", 64): 332}
 LATENT = {"op": "mla_decode", "model": "deepseek-v3", "values": None}
 
 
@@ -67,7 +67,7 @@ def test_refusals_say_why(python):
 
 
 def test_decode_keeps_to_its_budget_of_bundles(python):
-    cases = [(tpu, Case(keys=name, values=name)) for tpu, name in BUDGET]
+    cases = [(tpu, Case(keys=name, values=name, page=page)) for tpu, name, page in BUDGET]
     rows = compiled(python, cases, schedule=True)
     assert [problem(row) for row in rows] == [None] * len(cases)
     per_step = [row["vectors"] / math.prod(row["grid"]) for row in rows]

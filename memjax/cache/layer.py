@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -230,14 +231,35 @@ def staged_positions(cache: LayerCache, tokens: int) -> Int[Array, "B T"]:
 
 def commit(cache: LayerCache) -> LayerCache:
     """Moves the staged tokens to where they belong: sinks, tail, or, encoded, the history."""
-    if cache.staged is None:
-        return cache
+    return cache if cache.staged is None else _moved(cache, *_commit_history([cache])[0])
+
+
+def commit_all(caches: Sequence) -> tuple:
+    """``commit`` for every layer of a model; layers of one codec and shape encode their tokens together.
+
+    That is one program instead of one per layer, which is much of what a decode step takes to compile, and one launch. The
+    tokens of all layers are staged until then: for a step of few tokens.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for i, cache in enumerate(caches):
+        if getattr(cache, "staged", None) is not None:
+            arrays, structure = jax.tree.flatten((cache.staged, cache.tail, cache.basis))
+            shapes = tuple((x.shape, x.dtype) for x in arrays)
+            groups.setdefault((cache.policy.codec, cache.spec, cache.layout, structure, shapes), []).append(i)
+    done = list(caches)
+    for members in groups.values():
+        for i, found in zip(members, _commit_history([caches[i] for i in members]), strict=True):
+            done[i] = _moved(caches[i], *found)
+    return tuple(done)
+
+
+def _moved(cache: LayerCache, history: Segment | None, host: Segment | None, written: Array) -> LayerCache:
+    """The cache with its staged tokens in the sinks and the tail, and what has become of the history."""
     start, count = cache.length, cache.staged_count
     sinks, tail = cache.sinks, cache.tail
     staged = _cast(cache.staged, cache.spec.dtype)
     if sinks is not None:
         sinks = write(sinks, staged, start, count)
-    history, host, written = _commit_history(cache)
     if tail is not None:
         tail = write_ring(tail, staged, start, count)
     return dataclasses.replace(
@@ -253,22 +275,41 @@ def commit(cache: LayerCache) -> LayerCache:
     )
 
 
-def _commit_history(cache: LayerCache) -> tuple[Segment | None, Segment | None, Array]:
-    """Encodes the tokens that leave the tail (or skip it) and writes them behind the history."""
-    written_after = cache.written + leaving_count(cache)
-    if cache.history is None:
-        return None, None, written_after
-    if cache.layout.tile == 1:
-        return *_write_history(cache), written_after
-    # Most steps fill no tile, and encoding one is dear.
-    anything = jnp.any(written_after > cache.written)
-    return *jax.lax.cond(anything, _write_history, lambda cache: (cache.history, cache.host), cache), written_after
+def _commit_history(caches: list[LayerCache]) -> list[tuple[Segment | None, Segment | None, Array]]:
+    """Encodes the tokens that leave the tail (or skip it) and writes them behind the history; caches that look alike."""
+    written = [cache.written + leaving_count(cache) for cache in caches]
+    if caches[0].history is None:
+        return [(None, None, after) for after in written]
+    if caches[0].layout.tile == 1:
+        found = _write_histories(caches)
+    else:  # most steps fill no tile, and encoding one is dear
+        anything = functools.reduce(jnp.logical_or, [jnp.any(leaving_count(cache) > 0) for cache in caches])
+        keep = lambda caches: [(cache.history, cache.host) for cache in caches]  # noqa: E731
+        found = jax.lax.cond(anything, _write_histories, keep, caches)
+    return [(*each, after) for each, after in zip(found, written, strict=True)]
 
 
-def _write_history(cache: LayerCache) -> tuple[Segment, Segment | None]:
+def _write_histories(caches: list[LayerCache]) -> list[tuple[Segment, Segment | None]]:
+    codec, spec = caches[0].policy.codec, caches[0].spec
+    blocks = [_leaving(cache) for cache in caches]
+
+    def coded(block: Segment, position: Array, basis: Basis | None) -> Segment:
+        return encode(block, position[:, None], codec, basis, spec)
+
+    if len(caches) == 1:
+        found = [coded(*blocks[0][:2], caches[0].basis)]
+    else:
+        each = [(block, position, cache.basis) for (block, position, _), cache in zip(blocks, caches, strict=True)]
+        together = jax.vmap(coded)(*jax.tree.map(lambda *x: jnp.stack(x), *each))
+        found = [jax.tree.map(lambda x, i=i: x[i], together) for i in range(len(caches))]
+    return [_write_history(*each) for each in zip(caches, found, blocks, strict=True)]
+
+
+def _write_history(
+    cache: LayerCache, coded: Segment, block: tuple[Segment, Array, Array]
+) -> tuple[Segment, Segment | None]:
     place, written, spec = cache.layout, cache.written, cache.spec
-    block, position, count = _leaving(cache)
-    coded = encode(block, position[:, None], cache.policy.codec, cache.basis, spec)
+    _, position, count = block
     stored, tiered = coded, cache.host is not None
     if cache.history.pos is not None:
         shape = (spec.batch, spec.kv_heads, position.shape[1])

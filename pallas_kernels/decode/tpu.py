@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from memjax.pallas_kernels import tpu_tile as tile
+from memjax.pallas_kernels.choose import target, tpu_generation
 from memjax.pallas_kernels.codes import Codes
 from memjax.pallas_kernels.decode.reference import Centre
 from memjax.pallas_kernels.merge import merge_stacked
@@ -14,7 +15,7 @@ from memjax.pallas_kernels.tpu_operands import Plan, cut_slots, megacore, unit_o
 
 __all__ = ["decode_tpu", "why_not"]
 
-STEP_BYTES = 4 * 2**20  # codes copied per step, keys and values together, at most
+STEP_BYTES = 4 * 2**20  # codes copied per step, keys and values together, at most; half of it in the 16 MiB of a v4
 LONGEST_STEP, SHORTEST_STEP = 4096, 1024  # slots
 STEPS = 8  # a row's last step is half empty on average: this many, unless they become too short to be worth their fixed cost
 HEADS_PER_STEP = 8
@@ -60,7 +61,8 @@ def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, page: int | 
     heads = HEADS_PER_STEP if kv_heads % HEADS_PER_STEP == 0 else kv_heads
     stored = sum(c.data.shape[-2] * c.data.dtype.itemsize for c in (k, v) if c is not None)
     slots = k.slots if table is None else (page or k.slots) * table.shape[1]
-    most = min(STEP_BYTES // (heads * stored), LONGEST_STEP, max(slots // STEPS, SHORTEST_STEP))
+    room = STEP_BYTES // 2 if tpu_generation(target().kind) == "v4" else STEP_BYTES
+    most = min(room // (heads * stored), LONGEST_STEP, max(slots // STEPS, SHORTEST_STEP))
     sizes = cut_slots(k, table, page, most, unit_of(k, v))
     if splits is None:
         splits = 2 if megacore() and batch * kv_heads // heads == 1 else 1
