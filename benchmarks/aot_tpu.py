@@ -35,7 +35,7 @@ from pathlib import Path
 GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 TIMEOUT = 240  # seconds for one compilation
 BATCH = 40  # requests per child
-ROOM = 4  # copies of the outputs that a program may hold
+ROOM = 5  # copies of the outputs that a program may hold, queries and their side columns among them
 LARGEST_COPY = 0.1  # of the cache, for scales that change their layout
 NO_COMPILER = 3  # exit status of a child that has none
 FAILURE = re.compile(r"Check failed|INTERNAL|UNIMPLEMENTED|RESOURCE_EXHAUSTED|Mosaic failed|Error:")
