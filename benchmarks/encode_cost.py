@@ -1,6 +1,6 @@
 """What it costs to encode a new token, beside the attention that the token is for, on whatever device JAX finds.
 
-    python benchmarks/encode_cost.py [--contexts 1024 4096 16384] [--rounds 9]
+    python benchmarks/encode_cost.py [--contexts 1024 4096] [--rounds 7]
 
 One layer in the shape of Llama-3-8B's (8 kv heads of 128 channels, 32 query heads), a batch of one, a cache that is full but
 for a few tokens, so that every step encodes the token that leaves the recent window. Timed apart and in turn: ``update`` and
@@ -115,8 +115,8 @@ def table(rows: list[dict]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     rows = [row for context in options.contexts for row in measure(context, options.rounds)]
     device = jax.devices()[0]
