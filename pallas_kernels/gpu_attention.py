@@ -31,11 +31,11 @@ MASKED = -1e30  # a score that is as good as -inf and has no NaN among its diffe
 LOG2E = math.log2(math.e)
 
 
-def why_not(on: Target, arrays: dict, page: int | None = None) -> str | None:
+def why_not(on: Target, arguments: dict) -> str | None:
     """The reason why this kernel cannot serve a case on a GPU; None if it can."""
-    k, v = arrays["k"], arrays["v"]
+    k, v = arguments["k"], arguments["v"]
     old = any(name in on.kind for name in ("A100", "A10", "A30", "A40", "RTX 30", "T4", "V100"))
-    for name, codes in (("keys", k), ("values", v), ("extra keys", arrays.get("k_extra"))):
+    for name, codes in (("keys", k), ("values", v), ("extra keys", arguments.get("k_extra"))):
         if codes is None:
             continue
         if codes.fmt in ("e4m3", "e5m2") and old:
@@ -46,10 +46,10 @@ def why_not(on: Target, arrays: dict, page: int | None = None) -> str | None:
             return f"{name} have scales, zero points and gains of different groups of channels"
         if form.groups > 1 and codes.dim // form.groups < SMALLEST_PIECE:
             return f"{name} have groups of {codes.dim // form.groups} channels; the kernel's smallest is {SMALLEST_PIECE}"
-    size = page or k.slots
-    if arrays.get("table") is not None and (size < 16 or size & (size - 1)):
+    size = arguments.get("page") or k.slots
+    if arguments.get("table") is not None and (size < 16 or size & (size - 1)):
         return f"pages of {size} slots; the kernel needs a power of two of at least 16"
-    if arrays.get("centre_weights") is not None and not isinstance(arrays["k_pos"], Span):
+    if arguments.get("centre_weights") is not None and not isinstance(arguments["k_pos"], Span):
         return "a centring term needs consecutive positions (a Span)"
     return None
 

@@ -27,11 +27,11 @@ INTEGER_MATRIX_UNIT = ("v5e", "v5p", "v6e")  # int8 codes go in as they are; on 
 MOST_LIMB_ROWS = 32  # beyond, two limbs a row keep the matrix unit longer than converting the codes does
 
 
-def why_not(on: Target, arrays: dict, page: int | None = None) -> str | None:
+def why_not(on: Target, arguments: dict) -> str | None:
     """The reason why this kernel cannot serve a case on a TPU; None if it can."""
-    k, v = arrays["k"], arrays["v"]
+    k, v = arguments["k"], arguments["v"]
     generation = tpu_generation(on.kind)
-    for name, codes in (("keys", k), ("values", v), ("extra keys", arrays.get("k_extra"))):
+    for name, codes in (("keys", k), ("values", v), ("extra keys", arguments.get("k_extra"))):
         if codes is None:
             continue
         if codes.fmt == "dense" and codes.data.dtype not in (jnp.bfloat16, jnp.float32):
@@ -47,10 +47,10 @@ def why_not(on: Target, arrays: dict, page: int | None = None) -> str | None:
         refusal = _factor_refusal(codes, name, values=name == "values" or (name == "keys" and v is None))
         if refusal:
             return refusal
-    refusal = None if arrays.get("table") is None else _page_refusal(k.slots, page or k.slots)
+    refusal = None if arguments.get("table") is None else _page_refusal(k.slots, arguments.get("page") or k.slots)
     if refusal:
         return refusal
-    if arrays.get("centre_weights") is not None and not isinstance(arrays["k_pos"], Span):
+    if arguments.get("centre_weights") is not None and not isinstance(arguments["k_pos"], Span):
         return "a centring term needs consecutive positions (a Span)"
     return None
 

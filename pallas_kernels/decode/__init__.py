@@ -98,7 +98,7 @@ def decode(
     check_codes("decode", q, k, v, k_pos, q_extra, k_extra, bias, table, page)
     if mass and sink_logits is not None:
         raise ValueError("decode cannot return mass with sink_logits: the sink's share differs from row to row")
-    chosen = choose("decode", implementation, _refusals(arrays, page), bool(interpret)).implementation
+    chosen = choose("decode", implementation, _refusals(arrays | {"page": page}), bool(interpret)).implementation
 
     def run(arrays: dict):
         weights = arrays["centre_weights"]
@@ -120,29 +120,20 @@ def decode(
     return (out, lse, probabilities) if mass else (out, lse)
 
 
-def choice(
-    q,
-    k: Codes,
-    v: Codes | None,
-    *,
-    page: int | None = None,
-    implementation: str | None = None,
-    interpret: bool = False,
-    **arrays,
-) -> Choice:
+def choice(q, k: Codes, v: Codes | None, *, implementation: str | None = None, interpret: bool = False, **arguments) -> Choice:
     """What ``decode`` would run for these arguments (arrays or ``jax.ShapeDtypeStruct``), and why."""
-    return choose("decode", implementation, _refusals({"q": q, "k": k, "v": v, **arrays}, page), interpret)
+    return choose("decode", implementation, _refusals({"q": q, "k": k, "v": v, **arguments}), interpret)
 
 
-def _refusals(arrays: dict, page: int | None) -> dict[str, Callable[[Target], str | None]]:
+def _refusals(arguments: dict) -> dict[str, Callable[[Target], str | None]]:
     def never(on: Target) -> None:
         return None
 
     return {
         "reference": never,
         "xla": never,
-        "tpu": lambda on: tpu.why_not(on, arrays, page),
-        "gpu": lambda on: gpu.why_not(on, arrays, page),
+        "tpu": lambda on: tpu.why_not(on, arguments),
+        "gpu": lambda on: gpu.why_not(on, arguments),
     }
 
 

@@ -72,7 +72,7 @@ def prefill(
         "table": table,
     }
     static = {"scale": scale, "page": page, "softcap": softcap, "window": window, "recent": recent, "sinks": sinks}
-    chosen = choose("prefill", implementation, _refusals(arrays, page), bool(interpret)).implementation
+    chosen = choose("prefill", implementation, _refusals(arrays | {"page": page}), bool(interpret)).implementation
 
     def plain(arrays: dict):
         rest = dict(arrays)
@@ -94,26 +94,17 @@ def prefill(
     return (out, lse) if sink_logits is None else add_sink((out, lse), sink_logits)
 
 
-def choice(
-    q,
-    k: Codes,
-    v: Codes | None,
-    *,
-    page: int | None = None,
-    implementation: str | None = None,
-    interpret: bool = False,
-    **arrays,
-) -> Choice:
+def choice(q, k: Codes, v: Codes | None, *, implementation: str | None = None, interpret: bool = False, **arguments) -> Choice:
     """What ``prefill`` would run for these arguments (arrays or ``jax.ShapeDtypeStruct``), and why."""
-    return choose("prefill", implementation, _refusals({"q": q, "k": k, "v": v, **arrays}, page), interpret)
+    return choose("prefill", implementation, _refusals({"q": q, "k": k, "v": v, **arguments}), interpret)
 
 
-def _refusals(arrays: dict, page: int | None) -> dict[str, Callable[[Target], str | None]]:
+def _refusals(arguments: dict) -> dict[str, Callable[[Target], str | None]]:
     return {
         "reference": lambda on: None,
         "xla": lambda on: None,
-        "tpu": lambda on: tpu.why_not(on, arrays, page),
-        "gpu": lambda on: gpu.why_not(on, arrays, page),
+        "tpu": lambda on: tpu.why_not(on, arguments),
+        "gpu": lambda on: gpu.why_not(on, arguments),
     }
 
 
