@@ -196,15 +196,15 @@ def check(found, expected, bound):
         assert relative(x, reference) < limit
 
 
-def chunk(fmt="dense", groups=3, tokens=37, slots=300, page=0, dtype="bfloat16", scattered=False, **options):
+def chunk(fmt="dense", groups=3, tokens=37, slots=300, page=0, parts=1, dtype="bfloat16", scattered=False, **options):
     """A chunk of new tokens: row 0 behind 200 tokens of history, row 1 at the beginning and two tokens short."""
-    case = Case(fmt, slots=slots, page=page, scattered=scattered, lengths=(200 + tokens, tokens - 2))
+    case = Case(fmt, slots=slots, page=page, parts=parts, scattered=scattered, lengths=(200 + tokens, tokens - 2))
     (_, k, v), kw = build(case)
     if dtype == "float32":
         k, v = (dense(x.decode(jnp.float32)) for x in (k, v))
     rng = np.random.default_rng(1)
     q = jnp.asarray(rng.standard_normal((2, 2, groups * tokens, case.dim)), dtype)
-    kw = {name: kw[name] for name in ("k_pos", "table") if name in kw}
+    kw = {name: kw[name] for name in ("k_pos", "table", "page") if name in kw}
     if not scattered:
         kw["k_pos"] = Span(jnp.zeros(2, jnp.int32), kw["k_pos"].count)
     return (q, k, v), kw | {"q_start": jnp.array([200, 0], jnp.int32), "groups": groups, "scale": 0.125} | options
@@ -219,5 +219,6 @@ PREFILL = {
     "recent and sinks": {"recent": 20, "sinks": 3},
     "several blocks": {"tokens": 300, "slots": 1500, "groups": 2},
     "pages": {"fmt": "int8", "page": 128, "slots": 512},
+    "pages of 32": {"fmt": "int4", "page": 32, "parts": 4, "tokens": 100, "slots": 400},
     "positions": {"fmt": "int4", "scattered": True},
 }
