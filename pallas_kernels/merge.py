@@ -37,6 +37,11 @@ def merge_stacked(out: Float[Array, "... splits M H"], lse: Float[Array, "... sp
     return out, safe[..., 0, :] + jnp.log(total)
 
 
+def probability_mass(logits: Float[Array, "B K M S"], lse: Float[Array, "B K M"]) -> Float[Array, "B K S"]:
+    """How much probability the rows of a kv head give to each slot, from masked logits (-inf or very negative)."""
+    return jnp.sum(jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), axis=2)
+
+
 def add_sink(part: Part, logits: Float[Array, "K M"]) -> Part:
     """Adds a learned sink per query row: a logit in the softmax's denominator that carries no value (gpt-oss)."""
     out, lse = part

@@ -13,13 +13,13 @@ from kernel_helpers import KVARN, TABLE, Case, build, relative
 
 from memjax.attention.rope import Rope, apply_rope
 from memjax.pallas_kernels.codes import Codes, absmax_encode, dense
-from memjax.pallas_kernels.decode import Centre, decode, decode_reference, decode_xla, merge
-from memjax.pallas_kernels.slots import Span, visible
+from memjax.pallas_kernels.decode import Centre, decode, decode_reference, decode_xla, merge, probability_mass
+from memjax.pallas_kernels.slots import FREE, Span, positions, visible
 
 BATCH, HEADS, ROWS, SLOTS, DIM, EXTRA = 2, 2, 5, 40, 16, 4
-STATIC = ("scale", "page", "softcap", "window", "recent", "sinks", "mass")
+STATIC = ("scale", "page", "softcap", "window", "recent", "sinks", "mass", "logits")
 xla = quick_jit(decode_xla, static_argnames=("block", *STATIC))
-reference = quick_jit(decode_reference, static_argnames=STATIC[:-1])
+reference = quick_jit(decode_reference, static_argnames=[name for name in STATIC if name != "mass"])
 
 
 @functools.cache
@@ -170,6 +170,23 @@ def test_the_plain_path_serves_every_form(case, block):
     found = decode_xla(q, k, v, block=block, mass=True, **kw, **static)
     for x, expected in zip(found, decode_reference(q, k, v, **kw, **static), strict=True):
         assert relative(x, expected) < 6e-3
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu", "gpu"])
+def test_logits_give_the_mass_of_several_parts(implementation):
+    """Slots in two parts, merged: the logits of a part and the log-sum-exp of both give the part's share of all."""
+    (q, k, v), kw = build(Case("int8", slots=300, lengths=(300, 40), options={"window": 250}))
+    kernel = functools.partial(decode, q, k, v, implementation=implementation, interpret=implementation in ("tpu", "gpu"))
+    whole = decode_reference(q, k, v, **kw)
+    at, first = positions(kw.pop("k_pos"), 300), jnp.arange(300) < 128
+    halves = [jnp.where(first, at, FREE), jnp.where(first, FREE, at)]
+    parts = [kernel(k_pos=half, logits=True, **kw) for half in halves]
+    _, lse = merge([part[:2] for part in parts])
+    found = sum(probability_mass(logits, lse) for *_, logits in parts)
+    assert relative(lse, whole[1]) < 3e-3
+    assert relative(found, whole[2]) < 6e-3
+    with pytest.raises(ValueError, match="mass or logits, not both"):
+        kernel(k_pos=halves[0], mass=True, logits=True, **kw)
 
 
 def test_pages_that_share_blocks_are_pages():

@@ -13,11 +13,21 @@ from memjax.pallas_kernels.codes import Codes
 from memjax.pallas_kernels.decode import gpu, tpu
 from memjax.pallas_kernels.decode.reference import Centre, decode_reference, gather_pages
 from memjax.pallas_kernels.decode.xla import decode_xla
-from memjax.pallas_kernels.merge import add_sink, merge
+from memjax.pallas_kernels.merge import add_sink, merge, probability_mass
 from memjax.pallas_kernels.sharding import over_mesh
 from memjax.pallas_kernels.slots import Positions, Span
 
-__all__ = ["Centre", "check_codes", "choice", "decode", "decode_reference", "decode_xla", "gather_pages", "merge"]
+__all__ = [
+    "Centre",
+    "check_codes",
+    "choice",
+    "decode",
+    "decode_reference",
+    "decode_xla",
+    "gather_pages",
+    "merge",
+    "probability_mass",
+]
 
 
 def decode(
@@ -40,6 +50,7 @@ def decode(
     recent: int | None = None,
     sinks: int = 0,
     mass: bool = False,
+    logits: bool = False,
     implementation: str | None = None,
     interpret: object = False,
 ):
@@ -66,11 +77,13 @@ def decode(
       window: sliding window of the model: a query sees the slots at a distance below it.
       recent, sinks: an evictor's window: what is at a distance >= recent is gone, but for positions below ``sinks``.
       mass: also return how much probability the rows of a kv head give to each slot, float32 [B, K, S].
+      logits: also return the logits themselves, float32 [B, K, M, S], -1e30 or less where a row sees nothing: what mass takes
+        where these slots are one part of several (``probability_mass`` with the log-sum-exp of all).
       implementation: None, ``pallas`` (the target's own kernel), ``reference``, ``xla``, ``tpu`` or ``gpu``.
       interpret: run a kernel in interpret mode: True, or what ``pallas_call`` takes as ``interpret``.
 
     Returns:
-      Output float32 [B, K, M, Hv], log-sum-exp float32 [B, K, M], and with ``mass`` the probabilities. A row that sees
+      Output float32 [B, K, M, Hv], log-sum-exp float32 [B, K, M], and what ``mass`` or ``logits`` asked for. A row that sees
       nothing gives zeros and -inf.
 
     Raises:
@@ -98,6 +111,8 @@ def decode(
     check_codes("decode", q, k, v, k_pos, q_extra, k_extra, bias, table, page)
     if mass and sink_logits is not None:
         raise ValueError("decode cannot return mass with sink_logits: the sink's share differs from row to row")
+    if mass and logits:
+        raise ValueError("decode returns mass or logits, not both: mass is probability_mass(logits, log_sum_exp)")
     chosen = choose("decode", implementation, _refusals(arrays | {"page": page}), bool(interpret)).implementation
 
     def run(arrays: dict):
@@ -105,19 +120,19 @@ def decode(
         rest = {name: value for name, value in arrays.items() if name != "centre_weights"}
         term = None if weights is None else Centre(weights, frequencies)
         if chosen == "reference":
-            out, lse, probabilities = decode_reference(**rest, centre=term, **static)
-            return out, lse, probabilities if mass else None
+            out, lse, found = decode_reference(**rest, centre=term, logits=logits, **static)
+            return out, lse, found if mass or logits else None
         if chosen == "xla":
-            return decode_xla(**rest, centre=term, mass=mass, **static)
+            return decode_xla(**rest, centre=term, mass=mass, logits=logits, **static)
         kernel = tpu.decode_tpu if chosen == "tpu" else gpu.decode_gpu
-        return kernel(**rest, centre=term, mass=mass, interpret=interpret, **static)
+        return kernel(**rest, centre=term, mass=mass, logits=logits, interpret=interpret, **static)
 
     if chosen in ("tpu", "gpu"):
         run = not_differentiable("decode", over_mesh(run, arrays, _roles(table is not None), "bk"))
-    out, lse, probabilities = run(arrays)
+    out, lse, found = run(arrays)
     if sink_logits is not None:
         out, lse = add_sink((out, lse), sink_logits)
-    return (out, lse, probabilities) if mass else (out, lse)
+    return (out, lse, found) if mass or logits else (out, lse)
 
 
 def choice(q, k: Codes, v: Codes | None, *, implementation: str | None = None, interpret: bool = False, **arguments) -> Choice:

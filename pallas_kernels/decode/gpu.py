@@ -9,7 +9,7 @@ from memjax.pallas_kernels.codes import Codes
 from memjax.pallas_kernels.decode.reference import Centre
 from memjax.pallas_kernels.gpu_attention import Plan, attention_gpu, why_not
 from memjax.pallas_kernels.gpu_tile import form_of
-from memjax.pallas_kernels.merge import merge_stacked
+from memjax.pallas_kernels.merge import merge_stacked, probability_mass
 
 __all__ = ["decode_gpu", "why_not"]
 
@@ -29,10 +29,12 @@ def decode_gpu(
     table: Array | None = None,
     page: int | None = None,
     splits: int | None = None,
+    mass: bool = False,
+    logits: bool = False,
     name: str = "memjax_decode",
     **options,
 ) -> tuple[Array, Array, Array | None]:
-    """Same meaning and arguments as ``decode_reference``. ``splits``: parts of the sequence that run in parallel."""
+    """Same meaning and arguments as ``decode_xla``. ``splits``: parts of the sequence that run in parallel."""
     rows = q.shape[2]
     plan = _plan(q, k, v, table, page, splits, centre is not None)
 
@@ -44,13 +46,24 @@ def decode_gpu(
         centre = Centre(pad(centre.weights), centre.inv_freq)
     at = jnp.pad(q_pos, ((0, 0), (0, -rows % plan.rows)), constant_values=-1)
     out, lse, scores = attention_gpu(
-        plan, pad(q), k, v, q_pos=at, q_extra=pad(q_extra), centre=centre, table=table, page=page, name=name, **options
+        plan,
+        pad(q),
+        k,
+        v,
+        q_pos=at,
+        q_extra=pad(q_extra),
+        centre=centre,
+        table=table,
+        page=page,
+        mass=mass or logits,
+        name=name,
+        **options,
     )
     out, lse = merge_stacked(out[..., :rows, :], lse[..., :rows])
     if scores is None:
         return out, lse, None
-    finite = jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]
-    return out, lse, jnp.sum(jnp.exp(scores[:, :, :rows] - finite), axis=2)
+    scores = scores[:, :, :rows]
+    return out, lse, probability_mass(scores, lse) if mass else scores
 
 
 def _plan(

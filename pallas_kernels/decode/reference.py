@@ -76,12 +76,13 @@ def decode_reference(
     window: int | None = None,
     recent: int | None = None,
     sinks: int = 0,
-) -> tuple[Float[Array, "B K M Hv"], Float[Array, "B K M"], Float[Array, "B K S"]]:
+    logits: bool = False,
+) -> tuple[Float[Array, "B K M Hv"], Float[Array, "B K M"], Float[Array, "B K S"] | Float[Array, "B K M S"]]:
     """Softmax attention of M query rows per kv head over S slots; see ``memjax.pallas_kernels.decode.decode``.
 
     Returns:
       Output, log-sum-exp, and the probability that the rows of a kv head give to each slot, summed over the rows. A row
-      that sees nothing gives zeros and -inf.
+      that sees nothing gives zeros and -inf. With ``logits`` instead of the probabilities the masked logits.
     """
     f32 = jnp.float32
     hi = jax.lax.Precision.HIGHEST
@@ -105,4 +106,5 @@ def decode_reference(
     lse = jax.nn.logsumexp(scores, axis=-1)
     probs = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), 0.0)
     values = jnp.where(jnp.any(mask, axis=2)[:, :, None], values, 0.0)  # unseen slots may hold anything
-    return jnp.einsum("bkms,bkhs->bkmh", probs, values, precision=hi), lse, jnp.sum(probs, axis=2)
+    out = jnp.einsum("bkms,bkhs->bkmh", probs, values, precision=hi)
+    return out, lse, scores if logits else jnp.sum(probs, axis=2)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from memjax.pallas_kernels import tpu_tile as tile
 from memjax.pallas_kernels.choose import target, tpu_generation
 from memjax.pallas_kernels.codes import Codes
 from memjax.pallas_kernels.decode.reference import Centre
-from memjax.pallas_kernels.merge import merge_stacked
+from memjax.pallas_kernels.merge import merge_stacked, probability_mass
 from memjax.pallas_kernels.tpu_attention import attention_tpu
 from memjax.pallas_kernels.tpu_operands import Plan, cut_slots, megacore, unit_of, why_not
 
@@ -32,10 +31,12 @@ def decode_tpu(
     table: Array | None = None,
     page: int | None = None,
     splits: int | None = None,
+    mass: bool = False,
+    logits: bool = False,
     name: str = "memjax_decode",
     **options,
 ) -> tuple[Array, Array, Array | None]:
-    """Same meaning and arguments as ``decode_reference``. ``splits``: parts of the sequence that run in parallel."""
+    """Same meaning and arguments as ``decode_xla``. ``splits``: parts of the sequence that run in parallel."""
     plan = _plan(q, k, v, table, page, splits)
 
     def blocks(x: Array | None) -> Array | None:
@@ -45,14 +46,24 @@ def decode_tpu(
         centre = Centre(blocks(centre.weights), centre.inv_freq)
     at = tile.pad_rows(q_pos[..., None], plan.rows, -1)[:, None, :, 0]
     out, lse, scores = attention_tpu(
-        plan, blocks(q), k, v, q_pos=at, q_extra=blocks(q_extra), centre=centre, table=table, name=name, **options
+        plan,
+        blocks(q),
+        k,
+        v,
+        q_pos=at,
+        q_extra=blocks(q_extra),
+        centre=centre,
+        table=table,
+        mass=mass or logits,
+        name=name,
+        **options,
     )
     rows = q.shape[2]
     out, lse = merge_stacked(out[:, :, 0, :, :rows], lse[:, :, 0, :, :rows])
     if scores is None:
         return out, lse, None
-    finite = jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]
-    return out, lse, jnp.sum(jnp.exp(scores[:, :, :rows] - finite), axis=2)
+    scores = scores[:, :, :rows]
+    return out, lse, probability_mass(scores, lse) if mass else scores
 
 
 def _plan(q: Array, k: Codes, v: Codes | None, table: Array | None, page: int | None, splits: int | None) -> Plan:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.pallas_kernels.codes import Codes
 from memjax.pallas_kernels.decode.reference import Centre, centre_scores, gather_pages, pages_per_block
-from memjax.pallas_kernels.merge import merge
+from memjax.pallas_kernels.merge import merge, probability_mass
 from memjax.pallas_kernels.slots import Positions, positions, visible
 
 BLOCK = 2048  # slots whose scores exist at once
@@ -37,9 +37,18 @@ def decode_xla(
     page: int | None = None,
     block: int = BLOCK,
     mass: bool = False,
+    logits: bool = False,
     **options,
-) -> tuple[Float[Array, "B K M Hv"], Float[Array, "B K M"], Float[Array, "B K S"] | None]:
-    """Same meaning and arguments as ``decode_reference``, in memory bounded by ``block`` slots; no mass unless asked."""
+) -> tuple[Float[Array, "B K M Hv"], Float[Array, "B K M"], Float[Array, "B K S"] | Float[Array, "B K M S"] | None]:
+    """Same meaning and arguments as ``decode_reference``, in memory bounded by ``block`` slots.
+
+    The third result is None, with ``mass`` the probability mass, with ``logits`` the masked logits.
+    """
+    keep = mass or logits
+
+    def result(out: Array, lse: Array, scores: Array | None):
+        return out, lse, probability_mass(scores, lse) if mass else scores
+
     parts = pages_per_block(k, page)
     slots = k.slots if table is None else k.slots // parts * table.shape[1]
     # A block holds whole pages, whole tiles of scales.
@@ -61,29 +70,24 @@ def decode_xla(
 
     if slots <= block:
         out, lse, scores = part(0, slots)
-        return out, lse, _mass(scores, lse) if mass else None
+        return result(out, lse, scores if keep else None)
     whole, rest = divmod(slots, block)
 
     @jax.checkpoint  # a derivative recomputes the scores of a block rather than keep those of all
     def scanned(carry, i: Array):
         out, lse, scores = part(i * block, block)
-        return merge([carry, (out, lse)]), scores if mass else None
+        return merge([carry, (out, lse)]), scores if keep else None
 
     *carry, first = part(0, block)
     carry, others = jax.lax.scan(scanned, tuple(carry), jnp.arange(1, whole))
     pieces = [first]
-    if mass:
+    if keep:
         pieces.append(jnp.moveaxis(others, 0, -2).reshape(*first.shape[:-1], -1))
     if rest:
         out, lse, last = part(whole * block, rest)
         carry = merge([carry, (out, lse)])
         pieces.append(last)
-    return *carry, _mass(jnp.concatenate(pieces, axis=-1), carry[1]) if mass else None
-
-
-def _mass(scores: Float[Array, "B K M S"], lse: Float[Array, "B K M"]) -> Float[Array, "B K S"]:
-    """Probability of each slot, summed over the query rows."""
-    return jnp.sum(jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), axis=2)
+    return result(*carry, jnp.concatenate(pieces, axis=-1) if keep else None)
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
