@@ -36,6 +36,7 @@ _NAMES = {
         "protect",
         "streaming",
         "turboquant",
+        "zipcache",
     ),
     "memjax.cache.policy": ("CachePolicy", "abstract", "attend", "chain", "per_layer", "protect_layers"),
     "memjax.cache.sharding": ("shardings",),

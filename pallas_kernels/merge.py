@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -37,9 +38,17 @@ def merge_stacked(out: Float[Array, "... splits M H"], lse: Float[Array, "... sp
     return out, safe[..., 0, :] + jnp.log(total)
 
 
-def probability_mass(logits: Float[Array, "B K M S"], lse: Float[Array, "B K M"]) -> Float[Array, "B K S"]:
-    """How much probability the rows of a kv head give to each slot, from masked logits (-inf or very negative)."""
-    return jnp.sum(jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None]), axis=2)
+def probability_mass(
+    logits: Float[Array, "B K M S"], lse: Float[Array, "B K M"], weights: Float[Array, "B M"] | None = None
+) -> Float[Array, "B K S"]:
+    """How much probability the rows of a kv head give to each slot, from masked logits (-inf or very negative).
+
+    ``lse`` may be that of more slots than these; ``weights``: how much each row counts, None: 1.
+    """
+    probabilities = jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None])
+    if weights is None:
+        return jnp.sum(probabilities, axis=2)
+    return jnp.einsum("bkms,bm->bks", probabilities, weights, precision=jax.lax.Precision.HIGHEST)
 
 
 def add_sink(part: Part, logits: Float[Array, "K M"]) -> Part:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from memjax.attention.rope import Rope, apply_rope
-from memjax.cache.layer import LayerCache, Segment, leaving_count, staged_positions
+from memjax.cache.layer import LayerCache, Segment, bare, leaving_count, staged_positions
 from memjax.offload import pool
 from memjax.pallas_kernels.decode import Centre, decode
-from memjax.pallas_kernels.merge import merge
+from memjax.pallas_kernels.merge import merge, probability_mass
 from memjax.pallas_kernels.prefill import prefill
 from memjax.pallas_kernels.slots import FREE, Positions, Span
 from memjax.pallas_kernels.slots import positions as as_array
@@ -21,7 +23,7 @@ DECODE_TOKENS = 8  # with more new tokens than these, kernels work on blocks of 
 
 def attend(
     cache: LayerCache, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
-) -> Float[Array, "B T N Hv"]:
+) -> tuple[Float[Array, "B T N Hv"], LayerCache]:
     """What queries read from the cache: everything committed and everything staged that is not in their future.
 
     Args:
@@ -31,7 +33,8 @@ def attend(
 
     Returns:
       Attention outputs in q's dtype; for a latent stream Hv = latent_dim, else head_dim. NaN in rows that were given more
-      tokens than ``spec.capacity``, so that an overflow inside ``jit`` cannot pass for a result.
+      tokens than ``spec.capacity``, so that an overflow inside ``jit`` cannot pass for a result. And the cache: the same but
+      for the scores of its tokens, if its policy judges them by the attention of the staged tokens' queries.
 
     Raises:
       ValueError: query heads are no multiple of kv_heads, another batch or head_dim, or without ``positions`` another
@@ -51,22 +54,44 @@ def attend(
                 f"attend got {tokens} queries for {cache.staged.slots} staged tokens: pass the positions of the queries"
             )
         positions = staged_positions(cache, tokens) - (0 if cache.staged is not None else tokens)
-    reader = _Reader(cache, q, positions, consecutive)
+    reader, observer = _Reader(cache, q, positions, consecutive), cache.policy.observer
+    observed = consecutive and cache.staged is not None and observer is not None
+    reader.keeps_logits = observed and tokens <= DECODE_TOKENS
     parts = reader.recent_parts()
     if cache.history is not None:
         parts += reader.history_parts()
     if reader.sinks_stand_apart:
         parts.append(reader.sink_part())
-    out, _ = merge(parts)
+    out, lse = merge(parts)
+    if observed:
+        cache = _observed(reader, q, lse)
     out = out.reshape(batch, heads, tokens, -1).swapaxes(1, 2)
-    return jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out).astype(q.dtype)
+    return jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out).astype(q.dtype), cache
+
+
+def _observed(reader: _Reader, q: Array, lse: Array) -> LayerCache:
+    """The cache with the scores that the attention of its observer's queries gives to tokens."""
+    cache, observer, tokens = reader.cache, reader.cache.policy.observer, q.shape[1]
+    index = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (q.shape[0], tokens))
+    if not reader.logits:  # a second look, by the last real tokens of each row
+        rows = min(observer.queries or tokens, tokens)
+        index = cache.staged_count[:, None] - rows + jnp.arange(rows, dtype=jnp.int32)
+        kept = jnp.maximum(index, 0)
+        at = jnp.where(index >= 0, jnp.take_along_axis(reader.positions, kept, axis=1), FREE)
+        lse = jnp.take_along_axis(lse.reshape(*lse.shape[:2], -1, tokens), kept[:, None, None], axis=-1)
+        lse = lse.reshape(*lse.shape[:2], -1)
+        reader = _Reader(cache, jnp.take_along_axis(q, kept[:, :, None, None], axis=1), at, False)
+        reader.observe("xla")
+    decay, weights = observer.weights(index, cache.staged_count)
+    return reader.scored(lse, decay, jnp.tile(weights, (1, reader.groups)) / reader.groups)
 
 
 def _overflowed(cache: LayerCache) -> Array:
     """Rows in which a token, committed or staged, finds no slot."""
     if cache.layout.ring:
         return jnp.zeros_like(cache.length, bool)
-    slots = 0 if cache.history is None else max(cache.history.slots, cache.layout.slots if cache.host else 0)
+    slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
+    slots = max(slots, cache.layout.slots if cache.host else 0)
     written = cache.written if cache.staged is None else cache.written + leaving_count(cache)
     return written > slots
 
@@ -78,6 +103,7 @@ class _Reader:
         self.cache, self.spec, self.place = cache, cache.spec, cache.layout
         self.positions = positions
         self.kernels = cache.policy.kernels
+        self.keeps_logits, self.logits = False, {}
         self.in_blocks = consecutive and q.shape[1] > DECODE_TOKENS
         self.groups = q.shape[2] // self.spec.kv_heads
         self.q = self._rows(self._rotate(q, positions))
@@ -108,8 +134,10 @@ class _Reader:
         implementation: str | None,
         q_pos: Array | None = None,
         centre: Centre | None = None,
+        keep: str = "",
     ):
-        """Attention over one segment; ``q_pos``: where the queries stand, if not at ``self.positions``."""
+        """Attention over one segment; ``q_pos``: where the queries stand, if not at ``self.positions``; ``keep``: the name by
+        which logits are kept for scores, if any are wanted."""
         coded = self.spec.coded_dim
         arguments = {
             "k_pos": k_pos,
@@ -127,7 +155,35 @@ class _Reader:
             start = self.positions[:, 0]
             return prefill(q, segment.k, segment.v, q_start=start, groups=self.groups, **arguments)
         q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
-        return decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, **arguments)
+        if not (keep and self.keeps_logits):
+            return decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, **arguments)
+        out, lse, self.logits[keep] = decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, logits=True, **arguments)
+        return out, lse
+
+    def observe(self, implementation: str) -> None:
+        """Fills ``logits``, for scores alone."""
+        self.keeps_logits, self.kernels = True, implementation
+        self.recent_parts()
+        if self.cache.history is not None and self.cache.policy.observer.history:
+            self.history_parts()
+
+    def scored(self, lse: Array, decay: Array, weights: Array) -> LayerCache:
+        """The cache with decayed scores plus the weighted probabilities of the queries' rows."""
+        cache, found = self.cache, {}
+        at = 0 if self.sinks_stand_apart else cache.layout.sinks
+        recent = probability_mass(self.logits["recent"], lse, weights)
+        for name in ("tail", "staged"):
+            segment = getattr(cache, name)
+            if segment is not None:
+                found[name] = recent[..., at : at + segment.slots]
+                at += segment.slots
+        if "history" in self.logits:
+            found["history"] = probability_mass(self.logits["history"], lse, weights)
+
+        def add(segment: Segment, mass: Array) -> Segment:
+            return dataclasses.replace(segment, score=decay[:, None, None] * segment.score + mass)
+
+        return dataclasses.replace(cache, **{name: add(getattr(cache, name), mass) for name, mass in found.items()})
 
     def recent_parts(self):
         """Sinks, tail and staged tokens: all dense, so one segment (without the sinks if those see other queries).
@@ -148,7 +204,7 @@ class _Reader:
                 parts.append(self._attend(self.q, cache.staged, position, self.kernels))
             else:
                 found.append((cache.staged, position))
-        return [self._attend_joined(self.q, found), *parts] if found else parts
+        return [self._attend_joined(self.q, found, keep="recent"), *parts] if found else parts
 
     def sink_part(self):
         """Sinks under queries that stand elsewhere (positions inside the cache), staged sinks included."""
@@ -160,14 +216,14 @@ class _Reader:
             found.append((first, Span(cache.length, count)))
         return self._attend_joined(self.q_sinks, found, self.sink_positions)
 
-    def _attend_joined(self, q: Array, found: list[tuple[Segment, Positions]], q_pos: Array | None = None):
+    def _attend_joined(self, q: Array, found: list[tuple[Segment, Positions]], q_pos: Array | None = None, keep: str = ""):
         """Dense segments as one."""
-        wide = [jax.tree.map(lambda x: x.astype(q.dtype), segment) for segment, _ in found]
+        wide = [jax.tree.map(lambda x: x.astype(q.dtype), bare(segment)) for segment, _ in found]
         if len(found) == 1:
-            return self._attend(q, wide[0], found[0][1], "xla", q_pos)
+            return self._attend(q, wide[0], found[0][1], "xla", q_pos, keep=keep)
         joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *wide)
         k_pos = jnp.concatenate([as_array(pos, segment.slots) for segment, pos in found], axis=-1)
-        return self._attend(q, joined, k_pos, "xla", q_pos)
+        return self._attend(q, joined, k_pos, "xla", q_pos, keep=keep)
 
     def history_parts(self):
         """The coded history, in the codec's basis, and the older part of it in host memory."""
@@ -175,7 +231,11 @@ class _Reader:
         centre = centre_term(basis, self.q[..., :coded], self.spec)
         prepared = codec.keys.into_basis(prepare_queries(basis, self.q[..., :coded]))
         q = jnp.concatenate([prepared, self.q[..., coded:]], axis=-1)
-        parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre)]
+        watched = cache.policy.observer is not None and cache.policy.observer.history
+        keep = "history" if watched else ""
+        parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre, keep=keep)]
+        if cache.rest is not None:
+            parts.append(self._attend(q, cache.rest, cache.rest.pos, self.kernels, centre=centre))
         if cache.host is not None:
             parts.append(self._host_part(q, centre))
         values = codec.keys if self.spec.latent_dim else codec.values

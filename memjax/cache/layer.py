@@ -1,8 +1,9 @@
-"""The cache of one attention layer: a frozen pytree of up to five segments, and the pure steps on it.
+"""The cache of one attention layer: a frozen pytree of up to six segments, and the pure steps on it.
 
-    sinks | history (codes; the part on the device) | host (codes) | tail (ring) | staged (new, exact)
+    sinks | history (codes; the part on the device) | rest | host (codes) | tail (ring) | staged (new, exact)
 
-with, under a lossy codec, the basis of the codes (``memjax.quantize.front``).
+with, under a lossy codec, the basis of the codes (``memjax.quantize.front``). ``rest`` is the part of the history that a codec
+of two precisions keeps in fewer bits.
 
 ``update`` stages new tokens, exact; ``attend`` reads every segment, merges them by log-sum-exp and commits the staged
 tokens: those older than the tail are encoded into the history. So a chunk of a prompt attends to the compressed past
@@ -15,7 +16,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from memjax.cache.slots import take, write, write_ring
 from memjax.cache.spec import CacheSpec
 from memjax.offload import pool
 from memjax.pallas_kernels.codes import Codes, dense
+from memjax.pallas_kernels.slots import FREE
 from memjax.quantize.calibration import load_basis
 from memjax.quantize.codec import Dense, KeyValueCodec
 from memjax.quantize.front import Basis, empty_basis, measure, observe, prepare_keys, prepare_values
@@ -36,18 +38,20 @@ if TYPE_CHECKING:
     from memjax.cache.policy import CachePolicy
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "extra", "pos"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "extra", "pos", "score"], meta_fields=[])
 @dataclass(frozen=True)
 class Segment:
     """Key and value codes [B, K, C, S]; ``v`` is None for a latent stream, ``extra`` its dense rotary part.
 
-    ``pos`` int32 [B, K, S] is stored where slots and positions have come apart (-1: free), else None.
+    ``pos`` int32 [B, K, S] is stored where slots and positions have come apart (-1: free), else None; ``score`` float32
+    [B, K, S] where the policy judges tokens.
     """
 
     k: Codes
     v: Codes | None
     extra: Codes | None
     pos: Array | None = None
+    score: Array | None = None
 
     @property
     def slots(self) -> int:
@@ -56,7 +60,7 @@ class Segment:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sinks", "history", "host", "tail", "staged", "staged_count", "length", "written", "basis"],
+    data_fields=["sinks", "history", "rest", "host", "tail", "staged", "staged_count", "length", "written", "basis"],
     meta_fields=["policy", "spec"],
 )
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class LayerCache:
     """One attention layer's cache. Made by ``policy.init(spec)``; every operation returns a new one.
 
     Attributes:
-      sinks, history, host, tail: committed tokens, see ``Layout``; None where a policy has none. The leaves of ``host``
+      sinks, history, rest, host, tail: committed tokens, see ``Layout``; None where a policy has none. The leaves of ``host``
         lie in pages, see ``memjax.offload.pool``.
       staged: tokens given to ``update`` and not committed yet, [B, K, H, T], exact; None after ``attend``.
       staged_count: int32 [B], how many of the staged tokens are real (the others are padding).
@@ -76,6 +80,7 @@ class LayerCache:
 
     sinks: Segment | None
     history: Segment | None
+    rest: Segment | None
     host: Segment | None
     tail: Segment | None
     staged: Segment | None
@@ -96,7 +101,7 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
     policy.validate(spec)
     place, codec = layout(policy, spec), policy.codec
 
-    def segment(slots: int, codec: KeyValueCodec) -> Segment | None:
+    def segment(slots: int, codec: KeyValueCodec, placed: bool = False, scored: bool = False) -> Segment | None:
         if slots == 0:
             return None
         lead = (spec.batch, spec.kv_heads)
@@ -105,14 +110,17 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
             k=codec.keys.zeros((*lead, spec.coded_dim, slots), spec.dtype),
             v=None if latent else codec.values.zeros((*lead, spec.value_dim, slots), spec.dtype),
             extra=Dense().zeros((*lead, spec.extra_dim, slots), spec.dtype) if spec.extra_dim else None,
+            pos=jnp.full((*lead, slots), FREE, jnp.int32) if placed else None,
+            score=jnp.zeros((*lead, slots), jnp.float32) if scored else None,
         )
 
-    host = segment(place.host_slots, codec)
+    host, observed = segment(place.host_slots, codec), policy.observer is not None
     return LayerCache(
         sinks=segment(place.sinks, Dense()),
-        history=segment(place.resident, codec),
+        history=segment(place.resident - place.rest, codec, place.placed, False),
+        rest=segment(place.rest, codec.rest, place.placed) if place.rest else None,
         host=None if host is None else pool.store(host, policy.tier.page),
-        tail=segment(place.tail, Dense()),
+        tail=segment(place.tail, Dense(), scored=observed),
         staged=None,
         staged_count=None,
         length=jnp.zeros((spec.batch,), jnp.int32),
@@ -173,6 +181,7 @@ def update(
         k=dense(k[:, :, : spec.coded_dim]),
         v=None if v is None else dense(v),
         extra=dense(k[:, :, spec.coded_dim :]) if spec.extra_dim else None,
+        score=jnp.zeros((spec.batch, spec.kv_heads, k.shape[-1]), jnp.float32) if cache.policy.observer else None,
     )
     cache = dataclasses.replace(cache, staged=staged, staged_count=count)
     if cache.basis is None or cache.policy.resolved_front().calibration:
@@ -253,20 +262,19 @@ def commit_all(caches: Sequence) -> tuple:
     return tuple(done)
 
 
-def _moved(cache: LayerCache, history: Segment | None, host: Segment | None, written: Array) -> LayerCache:
+def _moved(cache: LayerCache, kept: Kept, written: Array) -> LayerCache:
     """The cache with its staged tokens in the sinks and the tail, and what has become of the history."""
     start, count = cache.length, cache.staged_count
     sinks, tail = cache.sinks, cache.tail
     staged = _cast(cache.staged, cache.spec.dtype)
     if sinks is not None:
-        sinks = write(sinks, staged, start, count)
+        sinks = write(sinks, bare(staged), start, count)
     if tail is not None:
         tail = write_ring(tail, staged, start, count)
     return dataclasses.replace(
         cache,
         sinks=sinks,
-        history=history,
-        host=host,
+        **kept._asdict(),
         tail=tail,
         staged=None,
         staged_count=None,
@@ -275,50 +283,90 @@ def _moved(cache: LayerCache, history: Segment | None, host: Segment | None, wri
     )
 
 
-def _commit_history(caches: list[LayerCache]) -> list[tuple[Segment | None, Segment | None, Array]]:
+class Kept(NamedTuple):
+    """The segments of the history."""
+
+    history: Segment | None
+    rest: Segment | None
+    host: Segment | None
+
+
+def _commit_history(caches: list[LayerCache]) -> list[tuple[Kept, Array]]:
     """Encodes the tokens that leave the tail (or skip it) and writes them behind the history; caches that look alike."""
     written = [cache.written + leaving_count(cache) for cache in caches]
+    keep = lambda caches: [Kept(cache.history, cache.rest, cache.host) for cache in caches]  # noqa: E731
     if caches[0].history is None:
-        return [(None, None, after) for after in written]
-    if caches[0].layout.tile == 1:
+        found = keep(caches)
+    elif caches[0].layout.tile == 1:
         found = _write_histories(caches)
     else:  # most steps fill no tile, and encoding one is dear
         anything = functools.reduce(jnp.logical_or, [jnp.any(leaving_count(cache) > 0) for cache in caches])
-        keep = lambda caches: [(cache.history, cache.host) for cache in caches]  # noqa: E731
         found = jax.lax.cond(anything, _write_histories, keep, caches)
-    return [(*each, after) for each, after in zip(found, written, strict=True)]
+    return list(zip(found, written, strict=True))
 
 
-def _write_histories(caches: list[LayerCache]) -> list[tuple[Segment, Segment | None]]:
+def _write_histories(caches: list[LayerCache]) -> list[Kept]:
     codec, spec = caches[0].policy.codec, caches[0].spec
     blocks = [_leaving(cache) for cache in caches]
 
-    def coded(block: Segment, position: Array, basis: Basis | None) -> Segment:
-        return encode(block, position[:, None], codec, basis, spec)
+    def coded(block: Segment, position: Array, end: Array, basis: Basis | None) -> tuple[Segment, Segment | None]:
+        if codec.rest is not None:
+            return encode_in_two(block, position, end, codec, basis, spec)
+        return encode(block, position[:, None], codec, basis, spec), None
 
     if len(caches) == 1:
-        found = [coded(*blocks[0][:2], caches[0].basis)]
+        found = [coded(*blocks[0][:2], _end(caches[0]), caches[0].basis)]
     else:
-        each = [(block, position, cache.basis) for (block, position, _), cache in zip(blocks, caches, strict=True)]
+        each = [(*block[:2], _end(cache), cache.basis) for block, cache in zip(blocks, caches, strict=True)]
         together = jax.vmap(coded)(*jax.tree.map(lambda *x: jnp.stack(x), *each))
         found = [jax.tree.map(lambda x, i=i: x[i], together) for i in range(len(caches))]
     return [_write_history(*each) for each in zip(caches, found, blocks, strict=True)]
 
 
 def _write_history(
-    cache: LayerCache, coded: Segment, block: tuple[Segment, Array, Array]
-) -> tuple[Segment, Segment | None]:
+    cache: LayerCache, coded: tuple[Segment, Segment | None], block: tuple[Segment, Array, Array]
+) -> Kept:
     place, written, spec = cache.layout, cache.written, cache.spec
-    _, position, count = block
-    stored, tiered = coded, cache.host is not None
+    (stored, rest), (source, position, count) = coded, block
+    put = write_ring if place.ring or cache.host is not None else write
+    if rest is not None:  # each tile leaves a fixed number of tokens to each part
+        salient, tile = cache.policy.codec.salient, place.tile
+        parts = ((cache.history, stored, salient), (cache.rest, rest, tile - salient))
+        return Kept(*(put(old, new, written // tile * n, count // tile * n) for old, new, n in parts), None)
     if cache.history.pos is not None:
         shape = (spec.batch, spec.kv_heads, position.shape[1])
-        stored = dataclasses.replace(coded, pos=jnp.broadcast_to(position[:, None], shape))
-    history = (write_ring if place.ring or tiered else write)(cache.history, stored, written, count)
-    if not tiered:
-        return history, None
+        stored = dataclasses.replace(stored, pos=jnp.broadcast_to(position[:, None], shape))
+    history = put(cache.history, stored, written, count)
+    if cache.host is None:
+        return Kept(history, None, None)
     source = _source(written, written + count, place)
-    return history, pool.write(cache.host, coded, source, cache.policy.tier.page)
+    return Kept(history, None, pool.write(cache.host, coded[0], source, cache.policy.tier.page))
+
+
+def encode_in_two(
+    block: Segment,
+    position: Int[Array, "B T"],
+    end: Int[Array, "B"],
+    codec: KeyValueCodec,
+    basis: Basis | None,
+    spec: CacheSpec,
+) -> tuple[Segment, Segment]:
+    """The most attended tokens of each tile of a dense block in the codec's own bits, the others in those of ``codec.rest``.
+
+    Attention is the mean over the queries that saw a token; ``end``: tokens seen so far.
+    """
+    lead, tile = block.score.shape[:2], codec.tile
+    seen = jnp.maximum(end[:, None] - position, 1)[:, None].astype(jnp.float32)
+    rank = (block.score / seen).reshape(*lead, -1, tile)
+    order = jnp.argsort(-rank, axis=-1)
+    first = jnp.arange(rank.shape[-2], dtype=jnp.int32)[:, None] * tile
+
+    def part(chosen: Array, codec: KeyValueCodec) -> Segment:
+        index = (jnp.sort(chosen, axis=-1) + first).reshape(*lead, -1)
+        at = jnp.take_along_axis(jnp.broadcast_to(position[:, None], (*lead, position.shape[1])), index, axis=-1)
+        return dataclasses.replace(encode(take(bare(block), index), at, codec, basis, spec), pos=at)
+
+    return part(order[..., : codec.salient], codec), part(order[..., codec.salient :], codec.rest)
 
 
 def encode(block: Segment, position: Array, codec: KeyValueCodec, basis: Basis | None, spec: CacheSpec) -> Segment:
@@ -342,8 +390,11 @@ def _source(written: Array, written_after: Array, place: Layout) -> Int[Array, "
 
 def leaving_count(cache: LayerCache) -> Int[Array, "B"]:
     """How many tokens enter the history when the staged ones are committed."""
-    end = cache.length + cache.staged_count
-    return _entered(cache, end) - _entered(cache, cache.length)
+    return _entered(cache, _end(cache)) - _entered(cache, cache.length)
+
+
+def _end(cache: LayerCache) -> Int[Array, "B"]:
+    return cache.length + cache.staged_count
 
 
 def _entered(cache: LayerCache, length: Array) -> Int[Array, "B"]:
@@ -374,4 +425,11 @@ def _leaving(cache: LayerCache) -> tuple[Segment, Array, Array]:
 
 
 def _cast(segment: Segment, dtype: DTypeLike) -> Segment:
-    return jax.tree.map(lambda x: x.astype(dtype), segment)
+    """With keys and values in another dtype."""
+    wide = jax.tree.map(lambda x: x.astype(dtype), bare(segment))
+    return dataclasses.replace(wide, pos=segment.pos, score=segment.score)
+
+
+def bare(segment: Segment) -> Segment:
+    """The tokens alone, without positions and scores."""
+    return dataclasses.replace(segment, pos=None, score=None)

@@ -27,6 +27,8 @@ class Layout:
         None: nothing is evicted.
       resident: history slots on the device; equal to ``slots`` without a tier.
       host_slots: history slots in host memory, whole pages; 0 without a tier.
+      rest: how many of the device's slots lie in the part of fewer bits.
+      placed: the history's slots hold positions of their own.
     """
 
     sinks: int
@@ -38,6 +40,8 @@ class Layout:
     recent: int | None
     resident: int
     host_slots: int
+    rest: int
+    placed: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -71,4 +75,6 @@ def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
         recent=recent,
         resident=resident,
         host_slots=host_slots,
+        rest=0 if policy.codec.rest is None else slots // tile * (tile - policy.codec.salient),
+        placed=policy.codec.rest is not None,
     )

@@ -71,8 +71,8 @@ def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
         return sum((nbytes(layer) for layer in cache), Bytes())
     windows = _size((cache.sinks, cache.tail, cache.staged))
     counters = _size((cache.length, cache.written, cache.staged_count))
-    device, host, basis = _size(cache.history), _size(cache.host), _size(cache.basis)
-    slots = 0 if cache.history is None else cache.history.slots
+    device, host, basis = _size((cache.history, cache.rest)), _size(cache.host), _size(cache.basis)
+    slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
     slots += 0 if cache.host is None else cache.layout.host_slots
     return Bytes(
         device=windows + basis + counters + device,
@@ -106,9 +106,12 @@ def _predict_attention(policy: CachePolicy, spec: CacheSpec) -> Bytes:
         bits = sum(Fraction(each.bits_per_value(spec.coded_dim, spec.dtype)) for each in streams)
         return vectors * (bits * spec.coded_dim / 8 + extra)
 
-    device = int(place.resident * slot_bytes(policy.codec))
-    host = int(place.host_slots * slot_bytes(policy.codec))
-    windows = int((place.sinks + place.tail) * slot_bytes(Dense()))
+    device = round((place.resident - place.rest) * slot_bytes(policy.codec))
+    device += round(place.rest * slot_bytes(policy.codec.rest)) if place.rest else 0
+    device += 4 * vectors * place.resident if place.placed else 0
+    host = round(place.host_slots * slot_bytes(policy.codec))
+    windows = round((place.sinks + place.tail) * slot_bytes(Dense()))
+    windows += 4 * vectors * place.tail if policy.observer is not None else 0
     basis = _basis_numbers(policy, spec) * 4 if place.slots else 0
     counters = 2 * 4 * spec.batch
     return Bytes(

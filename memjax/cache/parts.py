@@ -17,6 +17,7 @@ from memjax.quantize import (
     Kivi,
     KVarN,
     TurboQuant,
+    ZipCache,
 )
 
 
@@ -96,6 +97,20 @@ def kvarn(
 ) -> CachePolicy:
     """KVarN, see ``memjax.quantize.kvarn``."""
     return _coded(KVarN(key_bits, value_bits, tile, iterations), centre, balance, calibration)
+
+
+def zipcache(
+    salient_bits: int = 4,
+    rest_bits: int = 2,
+    tile: int = 160,
+    group: int = 32,
+    share: float = 0.6,
+    centre: str = "none",
+    balance: str = "off",
+    calibration: str = "",
+) -> CachePolicy:
+    """ZipCache, see ``memjax.quantize.zipcache``."""
+    return _coded(ZipCache(salient_bits, rest_bits, tile, group, share), centre, balance, calibration)
 
 
 def streaming(sinks: int = 4, window: int = 1020, positions: str = "cache") -> CachePolicy:

@@ -23,6 +23,7 @@ from memjax.cache.layer import update as _update
 from memjax.cache.recurrent import RecurrentCache, init_recurrent
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec, check_integers
 from memjax.evict import Streaming
+from memjax.evict.observer import Observer
 from memjax.offload import HostTier
 from memjax.quantize import Dense, FrontEnd, KeyValueCodec
 from memjax.quantize.calibration import check_fingerprint
@@ -95,6 +96,11 @@ class CachePolicy:
     def resolved_front(self) -> FrontEnd:
         """The front end in force."""
         return self.codec.front if self.front is None else self.front
+
+    @property
+    def observer(self) -> Observer | None:
+        """Whose attention gives scores to tokens; None: nobody's."""
+        return self.codec.observer
 
     def validate(self, spec: CacheSpec) -> None:
         """Raises ValueError if this policy cannot serve ``spec``, with the reason."""
@@ -229,7 +235,8 @@ def attend(
     cache: LayerCache, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
 ) -> tuple[Float[Array, "B T N Hv"], LayerCache]:
     """Attention outputs of ``q`` over the cache, and the cache with its staged tokens committed."""
-    return _attend(cache, q, positions), commit(cache)
+    out, cache = _attend(cache, q, positions)
+    return out, commit(cache)
 
 
 def abstract(policy: Policy, spec: LayerSpec | Sequence[LayerSpec]) -> AnyLayerCache | ModelCache:

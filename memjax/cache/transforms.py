@@ -134,6 +134,7 @@ def _offload(cache: LayerCache, tier: HostTier) -> LayerCache:
     if cache.host is not None or (cache.history is not None and cache.history.pos is not None):
         raise ValueError("offload needs a history without holes on the device; make the cache with the tier instead")
     cache = dataclasses.replace(cache, policy=dataclasses.replace(cache.policy, tier=tier))
+    cache.policy.validate(cache.spec)
     place = cache.layout
     if not place.host_slots:
         return cache

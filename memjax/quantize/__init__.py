@@ -10,6 +10,7 @@ from memjax.quantize.int8 import Int8
 from memjax.quantize.kivi import Kivi
 from memjax.quantize.kvarn import KVarN
 from memjax.quantize.turboquant import TurboQuant
+from memjax.quantize.zipcache import ZipCache
 
 __all__ = [
     "NF4",
@@ -25,4 +26,5 @@ __all__ = [
     "KeyValueCodec",
     "Kivi",
     "TurboQuant",
+    "ZipCache",
 ]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from memjax.evict.observer import Observer
 from memjax.pallas_kernels.codes import Codes, absmax_encode, dense, nbytes_per_vector
 from memjax.quantize.front import OFF, FrontEnd
 from memjax.quantize.hadamard import hadamard_matrix, rotate, unrotate
@@ -41,6 +42,21 @@ class KeyValueCodec:
     def tile(self) -> int:
         """Tokens that are encoded together: they enter the history in whole tiles."""
         return math.lcm(self.keys.tile, self.values.tile)
+
+    @property
+    def rest(self) -> KeyValueCodec | None:
+        """The codec of the tokens of a tile that are not among its ``salient`` most attended ones; None: all are alike."""
+        return None
+
+    @property
+    def salient(self) -> int:
+        """Tokens of a tile that are coded with ``keys`` and ``values``."""
+        return self.tile
+
+    @property
+    def observer(self) -> Observer | None:
+        """Whose attention decides which tokens are salient."""
+        return None
 
     def validate(self, dim: int) -> None:
         """Raises ValueError if vectors of ``dim`` values cannot be encoded."""
