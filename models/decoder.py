@@ -69,7 +69,7 @@ class Attention(nnx.Module):
             projection = self.out.kernel[...].reshape(q.shape[2], self.head_dim, -1)
             cache = update(cache, k, v, lengths, queries=q, output_projection=projection)
             if compress_first:
-                cache = commit(cache if cache.policy.observer is None else attend(cache, q)[1])
+                cache = commit(cache if cache.layout.observer is None else attend(cache, q)[1])
             out, cache = attend(cache, q)
             cache = cache if tokens <= STAGED_IN_ALL_LAYERS else commit(cache)
         return self.out(out.reshape(batch, tokens, -1)), cache

@@ -54,7 +54,7 @@ def attend(
                 f"attend got {tokens} queries for {cache.staged.slots} staged tokens: pass the positions of the queries"
             )
         positions = staged_positions(cache, tokens) - (0 if cache.staged is not None else tokens)
-    reader, observer = _Reader(cache, q, positions, consecutive), cache.policy.observer
+    reader, observer = _Reader(cache, q, positions, consecutive), cache.layout.observer
     observed = consecutive and cache.staged is not None and observer is not None
     reader.keeps_logits = observed and tokens <= DECODE_TOKENS
     parts = reader.recent_parts()
@@ -71,7 +71,7 @@ def attend(
 
 def _observed(reader: _Reader, q: Array, lse: Array) -> LayerCache:
     """The cache with the scores that the attention of its observer's queries gives to tokens."""
-    cache, observer, tokens = reader.cache, reader.cache.policy.observer, q.shape[1]
+    cache, observer, tokens = reader.cache, reader.cache.layout.observer, q.shape[1]
     index = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (q.shape[0], tokens))
     if not reader.logits:  # a second look, by the last real tokens of each row
         rows = min(observer.queries or tokens, tokens)
@@ -164,7 +164,7 @@ class _Reader:
         """Fills ``logits``, for scores alone."""
         self.keeps_logits, self.kernels = True, implementation
         self.recent_parts()
-        if self.cache.history is not None and self.cache.policy.observer.history:
+        if self.cache.history is not None and self.cache.layout.observer.history:
             self.history_parts()
 
     def scored(self, lse: Array, decay: Array, weights: Array) -> LayerCache:
@@ -231,7 +231,7 @@ class _Reader:
         centre = centre_term(basis, self.q[..., :coded], self.spec)
         prepared = codec.keys.into_basis(prepare_queries(basis, self.q[..., :coded]))
         q = jnp.concatenate([prepared, self.q[..., coded:]], axis=-1)
-        watched = cache.policy.observer is not None and cache.policy.observer.history
+        watched = cache.layout.observer is not None and cache.layout.observer.history
         keep = "history" if watched else ""
         parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre, keep=keep)]
         if cache.rest is not None:

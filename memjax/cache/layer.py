@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from memjax.attention.rope import Rope, apply_rope
+from memjax.cache.admit import admit
 from memjax.cache.layout import Layout, layout
 from memjax.cache.slots import take, write, write_ring
 from memjax.cache.spec import CacheSpec
@@ -32,7 +33,7 @@ from memjax.pallas_kernels.codes import Codes, dense
 from memjax.pallas_kernels.slots import FREE
 from memjax.quantize.calibration import load_basis
 from memjax.quantize.codec import Dense, KeyValueCodec
-from memjax.quantize.front import Basis, empty_basis, measure, observe, prepare_keys, prepare_values
+from memjax.quantize.front import Basis, empty_basis, measure, observe, prepare_keys, prepare_values, restore_keys
 
 if TYPE_CHECKING:
     from memjax.cache.policy import CachePolicy
@@ -114,13 +115,13 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
             score=jnp.zeros((*lead, slots), jnp.float32) if scored else None,
         )
 
-    host, observed = segment(place.host_slots, codec), policy.observer is not None
+    host = segment(place.host_slots, codec)
     return LayerCache(
         sinks=segment(place.sinks, Dense()),
-        history=segment(place.resident - place.rest, codec, place.placed, False),
+        history=segment(place.resident - place.rest, codec, place.placed, place.judge is not None and place.judge.scored),
         rest=segment(place.rest, codec.rest, place.placed) if place.rest else None,
         host=None if host is None else pool.store(host, policy.tier.page),
-        tail=segment(place.tail, Dense(), scored=observed),
+        tail=segment(place.tail, Dense(), scored=place.observer is not None),
         staged=None,
         staged_count=None,
         length=jnp.zeros((spec.batch,), jnp.int32),
@@ -181,7 +182,7 @@ def update(
         k=dense(k[:, :, : spec.coded_dim]),
         v=None if v is None else dense(v),
         extra=dense(k[:, :, spec.coded_dim :]) if spec.extra_dim else None,
-        score=jnp.zeros((spec.batch, spec.kv_heads, k.shape[-1]), jnp.float32) if cache.policy.observer else None,
+        score=jnp.zeros((spec.batch, spec.kv_heads, k.shape[-1]), jnp.float32) if cache.layout.observer else None,
     )
     cache = dataclasses.replace(cache, staged=staged, staged_count=count)
     if cache.basis is None or cache.policy.resolved_front().calibration:
@@ -328,6 +329,8 @@ def _write_history(
 ) -> Kept:
     place, written, spec = cache.layout, cache.written, cache.spec
     (stored, rest), (source, position, count) = coded, block
+    if place.judge is not None:
+        return Kept(_admitted(cache, stored, source, position, count), None, None)
     put = write_ring if place.ring or cache.host is not None else write
     if rest is not None:  # each tile leaves a fixed number of tokens to each part
         salient, tile = cache.policy.codec.salient, place.tile
@@ -341,6 +344,25 @@ def _write_history(
         return Kept(history, None, None)
     source = _source(written, written + count, place)
     return Kept(history, None, pool.write(cache.host, coded[0], source, cache.policy.tier.page))
+
+
+def _admitted(cache: LayerCache, stored: Segment, exact: Segment, position: Array, count: Array) -> Segment:
+    """The history after its judge has compared the tokens that leave the tail, in codes and exact, with those it holds."""
+    spec, judge, history = cache.spec, cache.layout.judge, cache.history
+    real = jnp.arange(position.shape[1], dtype=jnp.int32) < count[:, None]
+    shape = (spec.batch, spec.kv_heads, position.shape[1])
+    at = jnp.broadcast_to(jnp.where(real, position, FREE)[:, None], shape)
+    score = judge.first_score(exact.k.data, None if exact.v is None else exact.v.data)
+    new = dataclasses.replace(stored, pos=at, score=exact.score if score is None else score)
+
+    def keys() -> Array:
+        coded = cache.policy.codec.keys.decode(history.k)
+        held = restore_keys(cache.basis, coded, jnp.maximum(history.pos, 0), spec)
+        return jnp.concatenate([held, exact.k.data.astype(jnp.float32)], axis=-1)
+
+    end = _end(cache)
+    alive = jnp.zeros_like(end) if spec.window is None else end - spec.window + 1
+    return admit(history, new, judge, end, keys, alive)
 
 
 def encode_in_two(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memjax.cache.spec import CacheSpec
+from memjax.evict import Budgeted, Streaming
+from memjax.evict.observer import Observer
 
 if TYPE_CHECKING:
     from memjax.cache.policy import CachePolicy
@@ -29,6 +31,8 @@ class Layout:
       host_slots: history slots in host memory, whole pages; 0 without a tier.
       rest: how many of the device's slots lie in the part of fewer bits.
       placed: the history's slots hold positions of their own.
+      judge: who decides which tokens of the history stay; None: all, or by age alone.
+      observer: whose attention gives scores to tokens; None: nobody's.
     """
 
     sinks: int
@@ -42,21 +46,23 @@ class Layout:
     host_slots: int
     rest: int
     placed: bool
+    judge: Budgeted | None
+    observer: Observer | None
 
 
 @functools.lru_cache(maxsize=1024)
 def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
     """The layout of ``policy`` for one layer."""
     windows, evictor, tier = policy.resolved_windows(), policy.evictor, policy.tier
-    if evictor is None:
-        sinks, recent, keep = min(windows.sinks, spec.capacity), None, spec.capacity
-    else:
+    sinks, recent, keep = min(windows.sinks, spec.capacity), None, spec.capacity
+    if isinstance(evictor, Streaming):
         sinks = min(windows.sinks, spec.capacity - 1)
         recent = min(evictor.window, spec.capacity - sinks)
         keep = sinks + recent
-    if spec.window is not None:
-        keep = min(keep, sinks + spec.window)
-    ring, tile = evictor is not None or keep < spec.capacity, policy.codec.tile
+    in_sight = keep if spec.window is None else min(keep, sinks + spec.window)
+    judge = evictor if isinstance(evictor, Budgeted) and evictor.tokens(spec.capacity) < in_sight else None
+    keep = in_sight if judge is None else judge.tokens(spec.capacity)
+    ring, tile = keep < spec.capacity or recent is not None, policy.codec.tile
     kept = min(windows.recent, keep - sinks)
     slots = keep - sinks - kept
     # In a ring a tile takes the place of one that the window has left altogether.
@@ -76,5 +82,7 @@ def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
         resident=resident,
         host_slots=host_slots,
         rest=0 if policy.codec.rest is None else slots // tile * (tile - policy.codec.salient),
-        placed=policy.codec.rest is not None,
+        placed=judge is not None or policy.codec.rest is not None,
+        judge=judge,
+        observer=policy.codec.observer if judge is None else judge.observer,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memjax.cache.policy import CachePolicy, Windows
-from memjax.evict import Streaming
+from memjax.evict import H2O, KeyDiff, Knorm, PyramidKV, SnapKV, Streaming, Tova
 from memjax.offload import HostTier
 from memjax.quantize import (
     NF4,
@@ -111,6 +111,36 @@ def zipcache(
 ) -> CachePolicy:
     """ZipCache, see ``memjax.quantize.zipcache``."""
     return _coded(ZipCache(salient_bits, rest_bits, tile, group, share), centre, balance, calibration)
+
+
+def h2o(budget: int = 0, fraction: float = 0.0, normalised: bool = False) -> CachePolicy:
+    """Heavy hitters, see ``memjax.evict.h2o``; a budget in tokens or a fraction of the capacity, here and below."""
+    return CachePolicy(evictor=H2O(budget, fraction, normalised))
+
+
+def tova(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
+    """The newest query's attention, see ``memjax.evict.tova``."""
+    return CachePolicy(evictor=Tova(budget, fraction))
+
+
+def snapkv(budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int = 5, pool: str = "avg") -> CachePolicy:
+    """Attention of the last queries, pooled, see ``memjax.evict.snapkv``."""
+    return CachePolicy(evictor=SnapKV(budget, fraction, window, kernel, pool))
+
+
+def pyramidkv(budget: int = 0, window: int = 32, kernel: int = 5, pool: str = "avg", beta: int = 20) -> CachePolicy:
+    """SnapKV with budgets that fall from layer to layer, see ``memjax.evict.pyramidkv``."""
+    return CachePolicy(evictor=PyramidKV(budget, 0.0, window, kernel, pool, beta))
+
+
+def knorm(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
+    """Small keys stay, see ``memjax.evict.knorm``."""
+    return CachePolicy(evictor=Knorm(budget, fraction))
+
+
+def keydiff(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
+    """Keys unlike the others stay, see ``memjax.evict.keydiff``."""
+    return CachePolicy(evictor=KeyDiff(budget, fraction))
 
 
 def streaming(sinks: int = 4, window: int = 1020, positions: str = "cache") -> CachePolicy:

@@ -22,8 +22,7 @@ from memjax.cache.layer import LayerCache, commit, init_layer
 from memjax.cache.layer import update as _update
 from memjax.cache.recurrent import RecurrentCache, init_recurrent
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec, check_integers
-from memjax.evict import Streaming
-from memjax.evict.observer import Observer
+from memjax.evict import Budgeted, Evictor, Streaming
 from memjax.offload import HostTier
 from memjax.quantize import Dense, FrontEnd, KeyValueCodec
 from memjax.quantize.calibration import check_fingerprint
@@ -64,15 +63,15 @@ class CachePolicy:
       codec: in how many bits tokens of the history are kept.
       evictor: which tokens stay; None: all.
       tier: where the history lives; None: on the device.
-      windows: what is protected from the codec; None: 4 sinks and 64 recent tokens for a lossy codec (with an evictor,
-        the evictor's sinks), nothing for a lossless one.
+      windows: what is protected from the codec and from eviction; None: 4 sinks and 64 recent tokens for a lossy codec or a
+        budget (with ``streaming``, its own sinks), else nothing.
       front: what is done to keys and values before they are coded; None: what is usual for the codec.
       kernels: how the history is read, see ``kernels``; None: with kernels that were checked on the hardware at hand,
         else with XLA.
     """
 
     codec: KeyValueCodec = Dense()
-    evictor: Streaming | None = None
+    evictor: Evictor | None = None
     tier: HostTier | None = None
     windows: Windows | None = None
     kernels: str | None = None
@@ -81,15 +80,27 @@ class CachePolicy:
     def __post_init__(self):
         if self.kernels not in (None, *KERNELS):
             raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
+        if isinstance(self.evictor, Budgeted):
+            self._check_axes()
+
+    def _check_axes(self) -> None:
+        """Raises ValueError where a budget cannot go together with another axis, on any layer."""
+        if self.codec.tile > 1:
+            raise ValueError(
+                f"{self}: {self.codec.name} codes tiles of {self.codec.tile} tokens, out of which {self.evictor.name} cannot "
+                "take single ones; use a token-wise codec such as int4 or turboquant"
+            )
+        if self.tier is not None:
+            raise ValueError(f"{self}: {self.evictor.name} scatters tokens over slots, which the host tier cannot move")
 
     def resolved_windows(self) -> Windows:
         """The windows in force."""
-        windows = self.windows
+        windows, streaming = self.windows, isinstance(self.evictor, Streaming)
         if windows is None:
-            windows = Windows() if self.codec.lossy else Windows(0, 0)
-            if self.evictor is not None:
+            windows = Windows() if self.codec.lossy or isinstance(self.evictor, Budgeted) else Windows(0, 0)
+            if streaming:
                 windows = dataclasses.replace(windows, sinks=self.evictor.sinks)
-        if self.evictor is not None:
+        if streaming:
             windows = dataclasses.replace(windows, sinks=max(windows.sinks, self.evictor.sinks))
         return windows
 
@@ -97,28 +108,37 @@ class CachePolicy:
         """The front end in force."""
         return self.codec.front if self.front is None else self.front
 
-    @property
-    def observer(self) -> Observer | None:
-        """Whose attention gives scores to tokens; None: nobody's."""
-        return self.codec.observer
-
     def validate(self, spec: CacheSpec) -> None:
         """Raises ValueError if this policy cannot serve ``spec``, with the reason."""
         self.codec.validate(spec.coded_dim)
         self.resolved_front().resolved(spec)
         if self.codec.tile > 1 and self.tier is not None:
             raise ValueError(f"{self}: {self.codec.name} codes tiles of tokens, which the host tier cannot move yet")
-        moves_positions = self.evictor is not None and self.evictor.positions == "cache" and self.evictor.sinks > 0
+        if isinstance(self.evictor, Budgeted):
+            self._check_budget(spec)
+        streaming = self.evictor if isinstance(self.evictor, Streaming) else None
+        moves_positions = streaming is not None and streaming.positions == "cache" and streaming.sinks > 0
         if moves_positions and spec.rope == "applied":
             raise ValueError(
                 f"{self}: positions inside the cache need the layer's rotary embedding (CacheSpec(rope=Rope(...)) and "
                 "keys that are not rotated yet); for keys that arrive rotated use positions=text"
             )
 
+    def _check_budget(self, spec: CacheSpec) -> None:
+        windows, tokens = self.resolved_windows(), self.evictor.tokens(spec.capacity)
+        if tokens < spec.capacity and tokens <= windows.sinks + windows.recent:
+            raise ValueError(
+                f"{self}: a budget of {tokens} tokens leaves none to choose besides the {windows.sinks + windows.recent} that "
+                f"are protected; raise it, or protect fewer, for instance +protect({windows.sinks},{tokens // 4})"
+            )
+
     def for_layer(self, index: int, layers: int) -> CachePolicy:
-        """The policy of layer ``index`` of ``layers``: this one."""
-        del index, layers
-        return self
+        """The policy of layer ``index`` of ``layers``: this one, unless its evictor shares out a budget."""
+        if self.evictor is None:
+            return self
+        windows = self.resolved_windows()
+        evictor = self.evictor.for_layer(index, layers, windows.sinks + windows.recent)
+        return self if evictor == self.evictor else dataclasses.replace(self, evictor=evictor)
 
     def init(self, spec: LayerSpec | Sequence[LayerSpec]) -> AnyLayerCache | ModelCache:
         """An empty cache for one layer, or for each of a model's layers.
@@ -204,7 +224,9 @@ def _part_string(part, front: FrontEnd | None) -> str:
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         text = str(value).lower() if isinstance(value, bool) else str(value)
-        if isinstance(value, int) and not isinstance(value, bool) and positional:
+        if field.metadata.get("unset") == value:
+            positional = False
+        elif isinstance(value, int) and not isinstance(value, bool) and positional:
             leading.append(text)
         else:
             positional = False

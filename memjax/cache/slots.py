@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 
 def take[Tree](tree: Tree, slots: Int[Array, "B n"] | Int[Array, "B K n"]) -> Tree:
@@ -48,6 +48,22 @@ def write[Tree](target: Tree, block: Tree, first: Int[Array, "B"], count: Int[Ar
     """
     put = _write_one if _slots(block) == 1 else _write_run
     return _by_run(lambda leaf, run, new: put(leaf, new, first // run, count // run), target, block)
+
+
+def write_at[Tree](target: Tree, token: Tree, slot: Int[Array, "B K"]) -> Tree:
+    """One token, leaves [B, K, ..., 1], to a slot of its own for every row and head; slots that do not exist take nothing."""
+    rows, heads = (jnp.arange(size) for size in slot.shape)
+
+    def put(leaf: Array, new: Array) -> Array:
+        inner = (slice(None),) * (leaf.ndim - 3)
+        return leaf.at[(rows[:, None], heads, *inner, slot)].set(new[..., 0], mode="drop")
+
+    return jax.tree.map(put, target, token)
+
+
+def top_slots(rank: Float[Array, "B K S"], count: int) -> Int[Array, "B K n"]:
+    """Indices of the ``count`` highest ranks, ascending; of equal ones the first."""
+    return jnp.sort(jax.lax.top_k(rank, count)[1], axis=-1)
 
 
 def _slots(tree) -> int:

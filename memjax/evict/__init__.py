@@ -1,5 +1,12 @@
 """Evictors: which tokens stay. One method, one file."""
 
+from memjax.evict.evictor import Budgeted, Evictor
+from memjax.evict.h2o import H2O
+from memjax.evict.keydiff import KeyDiff
+from memjax.evict.knorm import Knorm
+from memjax.evict.pyramidkv import PyramidKV
+from memjax.evict.snapkv import SnapKV
 from memjax.evict.streaming import Streaming
+from memjax.evict.tova import Tova
 
-__all__ = ["Streaming"]
+__all__ = ["H2O", "Budgeted", "Evictor", "KeyDiff", "Knorm", "PyramidKV", "SnapKV", "Streaming", "Tova"]

@@ -47,3 +47,21 @@ class EveryQuery:
         """Nothing decays, every real query counts once."""
         real = (index >= 0) & (index < count[:, None])
         return jnp.ones(count.shape, jnp.float32), real.astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class LastQueries:
+    """Means over the last ``queries`` queries: exact for a chunk that has so many, exponential over shorter ones."""
+
+    queries: int
+    history: bool = True
+
+    def weights(self, index: Int[Array, "B M"], count: Int[Array, "B"]) -> tuple[Float[Array, "B"], Float[Array, "B M"]]:
+        """In a chunk of ``queries`` or more tokens nothing older counts."""
+        real, whole = (index >= 0) & (index < count[:, None]), (count >= self.queries)[:, None]
+        behind = (count[:, None] - 1 - index).astype(jnp.float32)  # queries between this one and the end
+        keep = jnp.float32(1.0 - 1.0 / self.queries)
+        falling = keep ** jnp.maximum(behind, 0.0)
+        weights = jnp.where(real & (behind < self.queries), jnp.where(whole, 1.0, falling), 0.0) / self.queries
+        decay = jnp.where(whole[:, 0], 0.0, keep ** count.astype(jnp.float32))
+        return decay, weights

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from memjax.cache.spec import check_integers
+from memjax.evict.evictor import Evictor
 
 
 @dataclass(frozen=True)
-class Streaming:
+class Streaming(Evictor):
     """Keeps ``sinks`` first and ``window`` newest tokens (the token being written among them).
 
     Raises:

@@ -246,6 +246,18 @@ def prepare_keys(basis: Basis | None, k: Array, position: Int[Array, "B 1|K T"],
     return k if basis is None else _multiply(centred_keys(basis, k, position, spec), basis.k_balance)
 
 
+def restore_keys(basis: Basis | None, y: Float[Array, "B K H T"], position: Int[Array, "B 1|K T"], spec: CacheSpec) -> Array:
+    """Inverts ``prepare_keys``, float32."""
+    if basis is None:
+        return y
+    if basis.k_balance is not None:
+        y = jnp.swapaxes(_divide(jnp.swapaxes(y, -1, -2), basis.k_balance, basis.k_inverse, "bkmh,khg->bkmg"), -1, -2)
+    if basis.k_mean is None:
+        return y
+    constant = basis.k_mean[..., None]
+    return y + (turn(constant, position, spec) if basis.centre == "rope" else constant)
+
+
 def prepare_values(basis: Basis | None, v: Array) -> Array:
     """What the codec is given for values [B, K, H, T]."""
     if basis is None:

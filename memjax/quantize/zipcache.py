@@ -15,8 +15,9 @@ bits per value, without positions: keys bits + 32 / group, values bits + 32 / H 
 Deviations. The paper ranks a whole prompt at once and then every 100 generated tokens; here each tile is ranked when it leaves
 the dense tail, by the attention of *all* queries that have seen its tokens by then, so the choice depends on how a prompt is
 cut into chunks. That is the paper's measure itself: its probe tokens approximate it for kernels that hide probabilities, and
-while decoding it takes one query. The paper's channel-wise keys have one scale per channel of the prompt and its values one per token over all heads; here it is
-per group of tokens, and per kv head, since heads live apart. Positions cost 32 bits per token and head.
+while decoding it takes one query. The paper's channel-wise keys have one scale per channel of the prompt and its values one
+per token over all heads; here it is one per group of tokens, and per kv head, since heads live apart. Positions cost 32 bits
+per token and head.
 """
 
 from __future__ import annotations

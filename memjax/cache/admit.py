@@ -1,0 +1,47 @@
+"""Eviction by score: who of the history and of the tokens that leave the tail stays, in a fixed number of slots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from memjax.cache.slots import take, top_slots, write_at
+from memjax.evict import Budgeted
+from memjax.evict.evictor import Candidates
+from memjax.pallas_kernels.slots import FREE
+
+if TYPE_CHECKING:
+    from memjax.cache.layer import Segment
+
+
+def admit(
+    history: Segment, new: Segment, evictor: Budgeted, end: Int[Array, "B"], keys, alive: Int[Array, "B"]
+) -> Segment:
+    """The history after coded tokens, leaves [B, K, ..., T], have competed with it for its slots.
+
+    Args:
+      new: with positions (negative: no token) and scores.
+      end: tokens of the text so far.
+      keys: gives the keys of the history and of the new tokens, [B, K, H, S + T].
+      alive: the first position that the model's own window still sees; tokens before it go first.
+    """
+    both = lambda a, b: jnp.concatenate([a, b], axis=-1)  # noqa: E731
+    pos, score = both(history.pos, new.pos), both(history.score, new.score) if evictor.scored else None
+    rank = evictor.rank(Candidates(score, pos, end, keys))
+    rank = _order(rank, pos, pos >= alive[:, None, None])
+    if new.slots == 1:
+        lowest = rank == jnp.min(rank, axis=-1, keepdims=True)
+        return write_at(history, new, jnp.argmax(jnp.where(lowest, pos, FREE - 1), axis=-1))  # of equal ones the newest goes
+    return take(jax.tree.map(both, history, new), top_slots(rank, history.slots))
+
+
+def _order(
+    rank: Float[Array, "B K S"], pos: Int[Array, "B K S"], alive: Bool[Array, "B K S"]
+) -> Float[Array, "B K S"]:
+    """Ranks among which no token, whatever its score, ties with a free slot, nor one that lives with one that does not."""
+    lowest = jnp.finfo(jnp.float32).min
+    rank = jnp.where(alive, jnp.maximum(jnp.nan_to_num(rank, nan=lowest), lowest / 2), lowest)
+    return jnp.where(pos >= 0, rank, -jnp.inf)

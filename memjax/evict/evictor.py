@@ -1,0 +1,92 @@
+"""What an evictor is: a rule for which tokens stay, with static numbers of slots."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self
+
+from jaxtyping import Array, Float, Int
+
+from memjax.cache.spec import check_integers
+from memjax.evict.observer import Observer
+
+
+class Candidates(NamedTuple):
+    """Tokens among which some stay: those of the history, then those that would enter it.
+
+    Attributes:
+      score: what observation or ``Budgeted.first_score`` has given them; None for evictors that keep none.
+      pos: their positions in the text; negative: no token.
+      end: tokens of the text so far.
+      keys: gives the cached keys, rotated, float32: those of the history as its codes remember them.
+    """
+
+    score: Float[Array, "B K S"] | None
+    pos: Int[Array, "B K S"]
+    end: Int[Array, "B"]
+    keys: Callable[[], Float[Array, "B K H S"]]
+
+
+@dataclass(frozen=True)
+class Evictor:
+    """Decides which tokens of a layer stay."""
+
+    name: ClassVar[str] = "evictor"
+
+    def for_layer(self, index: int, layers: int, protected: int) -> Self:
+        """The evictor of layer ``index`` of ``layers``, in each of which so many tokens are protected."""
+        del index, layers, protected
+        return self
+
+
+@dataclass(frozen=True)
+class Budgeted(Evictor):
+    """Keeps ``budget`` tokens per kv head, the protected first and newest ones among them, and of the others the best.
+
+    A token becomes a candidate when it leaves the protected tail; what has gone never comes back. While a prompt is read,
+    eviction follows every chunk, so memory is bounded by the budget and one chunk; a new token of a decode step takes the
+    place of the worst. Positions stay as they are in the text.
+
+    Args:
+      budget: tokens per kv head.
+      fraction: instead of a budget, the part of the capacity that stays, in (0, 1].
+
+    Raises:
+      ValueError: neither or both of them, or out of range.
+    """
+
+    scored: ClassVar[bool] = True  # whether a score is kept per slot
+
+    budget: int = dataclasses.field(default=0, metadata={"unset": 0})
+    fraction: float = 0.0
+
+    def __post_init__(self):
+        check_integers(self.name, 0, budget=self.budget)
+        if (self.budget > 0) == (self.fraction != 0.0):
+            raise ValueError(
+                f"{self.name} needs a budget in tokens or a fraction of the capacity, one of them, got budget={self.budget} "
+                f"and fraction={self.fraction}"
+            )
+        if not 0.0 <= self.fraction <= 1.0:
+            raise ValueError(f"{self.name} keeps a fraction in (0, 1] of the tokens, got {self.fraction}")
+
+    def tokens(self, capacity: int) -> int:
+        """Tokens that stay of a text that fills a cache of ``capacity``."""
+        return min(self.budget or math.ceil(self.fraction * capacity), capacity)
+
+    @property
+    def observer(self) -> Observer | None:
+        """Whose attention scores the tokens; None: nobody's."""
+        return None
+
+    def first_score(self, k: Float[Array, "B K H T"], v: Float[Array, "B K H T"] | None) -> Float[Array, "B K T"] | None:
+        """Scores of tokens that become candidates, from their exact keys and values; None: those of the observer."""
+        del k, v
+        return None
+
+    def rank(self, tokens: Candidates) -> Float[Array, "B K S"]:
+        """The higher, the longer a token stays."""
+        return tokens.score
