@@ -99,7 +99,7 @@ WRONG = {
     "   ": "a policy is a text",
     "int5": f"unknown policy 'int5' in 'int5'; {KNOWN}",
     "INT4": "unknown policy 'INT4'",
-    "int4+snapkv(1024)": "unknown policy 'snapkv'",
+    "int4+snapcache(1024)": "unknown policy 'snapcache'",
     "int4(": "cannot read 'int4('",
     "int4++int8": "cannot read '' in policy 'int4++int8'",
     "int4,int8": "cannot read 'int4,int8'",
@@ -174,7 +174,8 @@ def test_help_names_every_part():
     texts = signatures()
     assert set(texts) == set(PARTS)
     for name, text in texts.items():
-        assert mj.policy(text.replace(" ", "")) == PARTS[name]()
+        needed = {"budget": 256} if "budget=0" in text else {}
+        assert mj.policy(text.replace(" ", "").replace("budget=0", "budget=256")) == PARTS[name](**needed)
 
 
 def test_a_policy_per_layer():
