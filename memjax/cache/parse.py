@@ -20,6 +20,7 @@ _NAMES = (
     "turboquant",
     "kivi",
     "kvarn",
+    "auto",
     "streaming",
     "host",
     "protect",

@@ -1,5 +1,6 @@
 """Codecs: in how many bits a vector is kept. One method, one file."""
 
+from memjax.quantize.auto import Auto, Pair
 from memjax.quantize.blocks import NF4, NVFP4
 from memjax.quantize.codec import Codec, Dense, KeyValueCodec
 from memjax.quantize.fp8 import Fp8
@@ -14,6 +15,7 @@ from memjax.quantize.turboquant import TurboQuant
 __all__ = [
     "NF4",
     "NVFP4",
+    "Auto",
     "Codec",
     "Dense",
     "Fp8",
@@ -24,5 +26,6 @@ __all__ = [
     "KVarN",
     "KeyValueCodec",
     "Kivi",
+    "Pair",
     "TurboQuant",
 ]
