@@ -1,4 +1,4 @@
-"""The command line: ``memjax generate``, ``memjax compare``, ``memjax eval``, ``memjax calibrate``, ``memjax demo``."""
+"""The command line: ``memjax`` generate, compare, eval, calibrate, sensitivity, demo."""
 
 from __future__ import annotations
 
@@ -255,6 +255,31 @@ def calibrate(
         ids = [lm.tokenizer.encode(text)[:tokens] for text in texts]
         run(lm, ids, out, progress=lambda done: progress.update(task, advance=1, description=done))
     Console().print(f"Wrote {out} ({sum(map(len, ids))} tokens, model {lm.fingerprint}).")
+
+
+@app.command()
+def sensitivity(
+    out: Annotated[Path, typer.Option(help="The sensitivity file to write (JSON).")],
+    text_file: Annotated[list[Path], typer.Option(help="A text to read. May be repeated: several kinds serve better.")],
+    model: Model = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(help="Tokens to read from each text.")] = 512,
+    skip: Annotated[int, typer.Option(help="Tokens of each text to leave out before them.")] = 0,
+) -> None:
+    """Measure how many bits each layer's keys and values need, for policies such as 'auto(bits=3.25,file=FILE)'."""
+    from memjax.evaluate.sensitivity import measure_sensitivity
+    from memjax.quantize.sensitivity import save_sensitivity
+
+    _check_targets(out, None)
+    if skip < 0:
+        raise ValueError(f"--skip must be at least 0, got {skip}")
+    texts = [_read_text(path) for path in text_file]
+    lm = _load(model)
+    with _bars() as progress:
+        task = progress.add_task("compiling", total=lm.config.layers * len(texts))
+        ids = [lm.tokenizer.encode(text)[skip:][:tokens] for text in texts]
+        table = measure_sensitivity(lm, ids, progress=lambda done: progress.update(task, advance=1, description=done))
+    save_sensitivity(out, table)
+    Console().print(f"Wrote {out} ({table.tokens} tokens, model {table.fingerprint}).")
 
 
 DEMO_POLICIES = ("dense", "int8", "int4", "int4(rotate=true)", "streaming(4,508)", "streaming(4,508)+int4(rotate=true)")

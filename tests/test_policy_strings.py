@@ -13,7 +13,7 @@ from memjax.cache.parse import PARTS, signatures
 from memjax.cache.policy import CachePolicy, LayerwisePolicy, Windows
 from memjax.evict import Streaming
 from memjax.offload import HostTier
-from memjax.quantize import NF4, NVFP4, Dense, Fp8, FrontEnd, Int2, Int4, Int8, Kivi, KVarN, TurboQuant
+from memjax.quantize import NF4, NVFP4, Auto, Dense, Fp8, FrontEnd, Int2, Int4, Int8, Kivi, KVarN, TurboQuant
 from memjax.quantize.front import BALANCES, CENTRES
 from memjax.quantize.turboquant import GRIDS, ROTATIONS, SCALES
 
@@ -26,6 +26,8 @@ codecs = st.one_of(
     st.builds(Int2, st.booleans()),
     st.builds(Fp8, st.booleans(), st.sampled_from(["e4m3", "e5m2"])),
     st.sampled_from([NF4(), NVFP4(), Kivi(4, 64), KVarN(2, 2)]),
+    st.builds(Auto, st.floats(0.5, 16), file=st.sampled_from(["", "my/table.json"])),
+    st.builds(Auto, bytes=st.integers(1, 2**40)),
     st.builds(TurboQuant, bits, bits, st.sampled_from(SCALES), st.sampled_from(GRIDS), st.sampled_from(ROTATIONS)),
 )
 fronts = st.builds(FrontEnd, st.sampled_from(CENTRES), st.sampled_from(BALANCES)) | st.just(FrontEnd(calibration="my/file"))
@@ -110,6 +112,9 @@ WRONG = {
     "turboquant(4,4,centre=none,calibration=x)": "a calibration file decides centring and balance",
     "turboquant(5,4)": "TurboQuant codes have 2, 3 or 4 bits, got 5",
     "turboquant(4,4,scale=best)": "scale",
+    "auto(0,3MiB,bits=3)": "auto does not take 'bits=3'",
+    "auto(3.25,64MiB)": "auto needs either bits or bytes, a positive number, got bits=3.25, bytes=67108864",
+    "auto(bytes=many)": "bytes must be a number such as 67108864 or 64MiB, with kB, MB, GB, KiB, MiB or GiB, got 'many'",
     "kivi(5)": "KIVI codes have 2, 3, 4, 8 bits, got 5",
     "kvarn(4,2,tile=1)": "tile",
     "int4(rotate=true,rotate=true)": "int4 does not take 'rotate=true'",

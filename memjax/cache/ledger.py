@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from memjax.cache.layer import LayerCache
 from memjax.cache.layout import layout
-from memjax.cache.policy import AnyLayerCache, CachePolicy, ModelCache, Policy
+from memjax.cache.policy import AnyLayerCache, CachePolicy, ModelCache, Policy, layer_policies
 from memjax.cache.recurrent import RecurrentCache
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec
 from memjax.quantize.codec import Dense, KeyValueCodec
@@ -88,8 +88,8 @@ def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
 def predict_nbytes(policy: Policy, spec: LayerSpec | Sequence[LayerSpec]) -> Bytes:
     """What ``nbytes(policy.init(spec))`` will say, by arithmetic: nothing is built."""
     if isinstance(spec, Sequence):
-        layers = [predict_nbytes(policy.for_layer(i, len(spec)), each) for i, each in enumerate(spec)]
-        return sum(layers, Bytes())
+        layers = zip(layer_policies(policy, spec), spec, strict=True)
+        return sum((predict_nbytes(one, each) for one, each in layers), Bytes())
     if isinstance(spec, RecurrentSpec):
         floats = (spec.conv_width - 1) * spec.conv_dim + spec.heads * spec.head_dim * spec.state_dim
         state, counters = 4 * spec.batch * floats, 4 * spec.batch

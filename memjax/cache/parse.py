@@ -21,6 +21,7 @@ _NAMES = (
     "kivi",
     "kvarn",
     "zipcache",
+    "auto",
     "streaming",
     "h2o",
     "tova",

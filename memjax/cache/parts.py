@@ -8,6 +8,7 @@ from memjax.offload import HostTier
 from memjax.quantize import (
     NF4,
     NVFP4,
+    Auto,
     Fp8,
     FrontEnd,
     Int2,
@@ -19,6 +20,7 @@ from memjax.quantize import (
     TurboQuant,
     ZipCache,
 )
+from memjax.quantize.auto import byte_count
 
 
 def dense() -> CachePolicy:
@@ -141,6 +143,25 @@ def knorm(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
 def keydiff(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
     """Keys unlike the others stay, see ``memjax.evict.keydiff``."""
     return CachePolicy(evictor=KeyDiff(budget, fraction))
+
+
+def auto(
+    bits: float = 0.0,
+    bytes: str | int = "",
+    file: str = "",
+    centre: str = "auto",
+    balance: str = "auto",
+    calibration: str = "",
+) -> CachePolicy:
+    """TurboQuant with bits by measured sensitivity for each layer's keys and values, see ``memjax.quantize.auto``.
+
+    Args:
+      bits: realised bits per value on average, at most; 0: as ``bytes`` says, or 3.25 without it.
+      bytes: of the whole cache on the device, at most: a number, or a text such as "64MiB".
+      file: written by ``memjax sensitivity``; "": the one of smollm2-135m that memjax brings along.
+    """
+    count = byte_count(bytes)
+    return _coded(Auto(3.25 if bits == 0 and not count else bits, count, file), centre, balance, calibration)
 
 
 def streaming(sinks: int = 4, window: int = 1020, positions: str = "cache") -> CachePolicy:

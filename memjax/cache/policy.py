@@ -245,12 +245,20 @@ def _init(policy: Policy, spec: LayerSpec | Sequence[LayerSpec], layer: int = 0)
             missing = [i for i, _ in policy.overrides if not -len(spec) <= i < len(spec)]
             if missing:
                 raise ValueError(f"per_layer names layers {missing}, but the model has {len(spec)} layers")
-        return tuple(_init(policy.for_layer(i, len(spec)), each, i) for i, each in enumerate(spec))
+        layers = zip(layer_policies(policy, spec), spec, strict=True)
+        return tuple(_init(one, each, i) for i, (one, each) in enumerate(layers))
     if isinstance(policy, LayerwisePolicy):
         raise ValueError("a per_layer policy needs the specs of all layers, got one spec")
     if isinstance(spec, RecurrentSpec):
         return init_recurrent(spec)
     return init_layer(policy, spec, layer)
+
+
+def layer_policies(policy: Policy, specs: Sequence[LayerSpec]) -> list[CachePolicy]:
+    """The policy of every layer, with the codec that ``auto`` finds for it."""
+    from memjax.cache.allocate import allocate  # it predicts bytes, and the ledger needs this module
+
+    return allocate([policy.for_layer(i, len(specs)) for i in range(len(specs))], specs)
 
 
 def attend(
@@ -305,10 +313,12 @@ def _combine(first: CachePolicy, second: CachePolicy) -> CachePolicy:
 
 
 def check_calibration(policy: Policy, layers: int, fingerprint: str) -> None:
-    """Raises ValueError if a layer's calibration file was measured on another model than that of ``fingerprint``."""
-    files = {policy.for_layer(i, layers).resolved_front().calibration for i in range(layers)}
-    for path in sorted(files - {""}):
+    """Raises ValueError if a layer's calibration or sensitivity file was measured on another model than ``fingerprint``'s."""
+    policies = dict.fromkeys(policy.for_layer(i, layers) for i in range(layers))
+    for path in sorted({each.resolved_front().calibration for each in policies} - {""}):
         check_fingerprint(path, fingerprint)
+    for each in policies:
+        each.codec.check_model(layers, fingerprint)
 
 
 def per_layer(default: CachePolicy, overrides: Mapping[int, CachePolicy]) -> LayerwisePolicy:

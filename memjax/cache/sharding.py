@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memjax._compat import host_memory_kinds
 from memjax.cache.layer import LayerCache
-from memjax.cache.policy import AnyLayerCache, ModelCache, Policy, abstract
+from memjax.cache.policy import AnyLayerCache, ModelCache, Policy, abstract, layer_policies
 from memjax.cache.spec import CacheSpec, LayerSpec
 from memjax.offload import pool
 
@@ -32,9 +32,8 @@ def shardings(
         cannot move.
     """
     if isinstance(spec, Sequence):
-        return tuple(
-            shardings(policy.for_layer(i, len(spec)), each, mesh, batch_axis, head_axis) for i, each in enumerate(spec)
-        )
+        layers = zip(layer_policies(policy, spec), spec, strict=True)
+        return tuple(shardings(one, each, mesh, batch_axis, head_axis) for one, each in layers)
     latent = isinstance(spec, CacheSpec) and spec.latent_dim is not None
     heads = (spec.kv_heads if isinstance(spec, CacheSpec) else spec.heads) if head_axis and not latent else None
     _check_axis(mesh, batch_axis, spec.batch, "batch")

