@@ -33,6 +33,7 @@ _NAMES = {
         "kvarn",
         "nf4",
         "nvfp4",
+        "progressive",
         "protect",
         "streaming",
         "turboquant",

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from memjax.attention.attend import attend
+from memjax.attention.attend import read
 from memjax.attention.rope import apply_rope
 from memjax.cache.layer import LayerCache, commit, commit_all, update
 from memjax.cache.policy import ModelCache
@@ -69,7 +69,8 @@ class Attention(nnx.Module):
             projection = self.out.kernel[...].reshape(q.shape[2], self.head_dim, -1)
             cache = update(cache, k, v, lengths, queries=q, output_projection=projection)
             cache = commit(cache) if compress_first else cache
-            out, cache = attend(cache, q), cache if tokens <= STAGED_IN_ALL_LAYERS else commit(cache)
+            out, cache = read(cache, q)
+            cache = cache if tokens <= STAGED_IN_ALL_LAYERS else commit(cache)
         return self.out(out.reshape(batch, tokens, -1)), cache
 
     def project(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from memjax.attention.progressive import progressive_attention
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.layer import LayerCache, Segment, leaving_count, staged_positions
 from memjax.offload import pool
@@ -22,7 +25,14 @@ DECODE_TOKENS = 8  # with more new tokens than these, kernels work on blocks of 
 def attend(
     cache: LayerCache, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
 ) -> Float[Array, "B T N Hv"]:
-    """What queries read from the cache: everything committed and everything staged that is not in their future.
+    """What queries read from the cache: the output of ``read``."""
+    return read(cache, q, positions)[0]
+
+
+def read(
+    cache: LayerCache, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
+) -> tuple[Float[Array, "B T N Hv"], LayerCache]:
+    """Attention over the cache: everything committed and everything staged that is not in the queries' future.
 
     Args:
       q: queries, not yet rotated if ``spec.rope`` is a ``Rope``; N is a multiple of kv_heads.
@@ -31,7 +41,8 @@ def attend(
 
     Returns:
       Attention outputs in q's dtype; for a latent stream Hv = latent_dim, else head_dim. NaN in rows that were given more
-      tokens than ``spec.capacity``, so that an overflow inside ``jit`` cannot pass for a result.
+      tokens than ``spec.capacity``, so that an overflow inside ``jit`` cannot pass for a result. And the cache, as it was
+      but for its count of what is read, if it keeps one.
 
     Raises:
       ValueError: query heads are no multiple of kv_heads, another batch or head_dim, or without ``positions`` another
@@ -53,13 +64,14 @@ def attend(
         positions = staged_positions(cache, tokens) - (0 if cache.staged is not None else tokens)
     reader = _Reader(cache, q, positions, consecutive)
     parts = reader.recent_parts()
+    apart = [reader.sink_part()] if reader.sinks_stand_apart else []
     if cache.history is not None:
-        parts += reader.history_parts()
-    if reader.sinks_stand_apart:
-        parts.append(reader.sink_part())
-    out, _ = merge(parts)
+        parts += reader.history_parts(parts + apart)
+    out, _ = merge(parts + apart)
     out = out.reshape(batch, heads, tokens, -1).swapaxes(1, 2)
-    return jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out).astype(q.dtype)
+    if reader.counts is not None:
+        cache = dataclasses.replace(cache, refined=cache.refined + reader.counts)
+    return jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out).astype(q.dtype), cache
 
 
 def _overflowed(cache: LayerCache) -> Array:
@@ -67,6 +79,9 @@ def _overflowed(cache: LayerCache) -> Array:
     if cache.layout.ring:
         return jnp.zeros_like(cache.length, bool)
     slots = 0 if cache.history is None else max(cache.history.slots, cache.layout.slots if cache.host else 0)
+    if cache.history is not None and cache.history.pos is None:  # the last page may be longer than the capacity asks for
+        place = cache.layout
+        slots -= max(place.sinks + place.kept + place.slots - cache.spec.capacity, 0)
     written = cache.written if cache.staged is None else cache.written + leaving_count(cache)
     return written > slots
 
@@ -82,6 +97,7 @@ class _Reader:
         self.groups = q.shape[2] // self.spec.kv_heads
         self.q = self._rows(self._rotate(q, positions))
         self.sinks_stand_apart = False
+        self.counts = None  # pages refined and read, once they are
         # Only a rotary embedding and the model's own window depend on where a query stands.
         placed = isinstance(self.spec.rope, Rope) or self.spec.window is not None
         if placed and self.place.recent is not None and self.place.sinks:
@@ -108,8 +124,9 @@ class _Reader:
         implementation: str | None,
         q_pos: Array | None = None,
         centre: Centre | None = None,
+        **paging,
     ):
-        """Attention over one segment; ``q_pos``: where the queries stand, if not at ``self.positions``."""
+        """Attention over one segment; ``q_pos``: where the queries stand, else at ``self.positions``; ``paging``: a table."""
         coded = self.spec.coded_dim
         arguments = {
             "k_pos": k_pos,
@@ -127,7 +144,7 @@ class _Reader:
             start = self.positions[:, 0]
             return prefill(q, segment.k, segment.v, q_start=start, groups=self.groups, **arguments)
         q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
-        return decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, **arguments)
+        return decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, **arguments, **paging)
 
     def recent_parts(self):
         """Sinks, tail and staged tokens: all dense, so one segment (without the sinks if those see other queries).
@@ -169,17 +186,42 @@ class _Reader:
         k_pos = jnp.concatenate([as_array(pos, segment.slots) for segment, pos in found], axis=-1)
         return self._attend(q, joined, k_pos, "xla", q_pos)
 
-    def history_parts(self):
-        """The coded history, in the codec's basis, and the older part of it in host memory."""
+    def history_parts(self, others: list):
+        """The coded history, in the codec's basis, and the older part of it in host memory; ``others``: parts found before."""
         cache, codec, coded, basis = self.cache, self.cache.policy.codec, self.spec.coded_dim, self.cache.basis
         centre = centre_term(basis, self.q[..., :coded], self.spec)
         prepared = codec.keys.into_basis(prepare_queries(basis, self.q[..., :coded]))
         q = jnp.concatenate([prepared, self.q[..., coded:]], axis=-1)
-        parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre)]
+        if cache.refined is not None and self.positions.shape[1] <= DECODE_TOKENS:
+            parts = [self._progressive_part(q, centre, others)]
+        else:
+            parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre)]
         if cache.host is not None:
             parts.append(self._host_part(q, centre))
         values = codec.keys if self.spec.latent_dim else codec.values
         return [(restore_outputs(basis, values.out_of_basis(out), lse, self.spec), lse) for out, lse in parts]
+
+    def _progressive_part(self, q: Array, centre: Centre | None, others: list):
+        """The coded history, pages that matter with all their bits."""
+        cache = self.cache
+
+        def attend(q, segment, k_pos, q_pos, centre, **paging):
+            return self._attend(q, segment, k_pos, self.kernels, q_pos=q_pos, centre=centre, **paging)
+
+        lse = merge(others)[1] if others else jnp.full(q.shape[:3], -jnp.inf)
+        part, self.counts = progressive_attention(
+            attend,
+            q,
+            dataclasses.replace(cache.history, pos=None),
+            history_positions(cache),
+            cache.policy.codec,
+            scale=self.spec.attention_scale,
+            others=lse,
+            blocks=self.kernels in (None, "xla"),
+            q_pos=self.positions,
+            centre=centre,
+        )
+        return part
 
     def _host_part(self, q: Array, centre: Centre | None):
         """Streams the host pool page by page; only a page at a time is on the device."""

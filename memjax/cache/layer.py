@@ -56,7 +56,7 @@ class Segment:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sinks", "history", "host", "tail", "staged", "staged_count", "length", "written", "basis"],
+    data_fields=["sinks", "history", "host", "tail", "staged", "staged_count", "length", "written", "basis", "refined"],
     meta_fields=["policy", "spec"],
 )
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class LayerCache:
       length: int32 [B], tokens committed.
       written: int32 [B], tokens that have entered the history.
       basis: statistics in which the history is coded; None without a front end.
+      refined: float32 [B, 2], pages that decode steps have read in full and pages that they have read at all, summed over kv
+        heads; None for codecs whose pages are all read alike.
       policy, spec: static.
     """
 
@@ -85,6 +87,7 @@ class LayerCache:
     basis: Basis | None
     policy: CachePolicy
     spec: CacheSpec
+    refined: Array | None = None
 
     @property
     def layout(self) -> Layout:
@@ -120,6 +123,7 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
         basis=init_basis(policy, spec, layer) if place.slots else None,
         policy=policy,
         spec=spec,
+        refined=jnp.zeros((spec.batch, 2), jnp.float32) if codec.page > 1 and place.slots else None,
     )
 
 

@@ -20,6 +20,7 @@ _NAMES = (
     "turboquant",
     "kivi",
     "kvarn",
+    "progressive",
     "streaming",
     "host",
     "protect",

@@ -16,6 +16,7 @@ from memjax.quantize import (
     KeyValueCodec,
     Kivi,
     KVarN,
+    Progressive,
     TurboQuant,
 )
 
@@ -96,6 +97,19 @@ def kvarn(
 ) -> CachePolicy:
     """KVarN, see ``memjax.quantize.kvarn``."""
     return _coded(KVarN(key_bits, value_bits, tile, iterations), centre, balance, calibration)
+
+
+def progressive(
+    refine: float = 0.25,
+    page: int = 128,
+    share: float = 0.01,
+    margin: float = 3.0,
+    centre: str = "auto",
+    balance: str = "auto",
+    calibration: str = "",
+) -> CachePolicy:
+    """Nested 2 + 1-bit codes, read in full where it matters; see ``memjax.quantize.progressive``."""
+    return _coded(Progressive(refine, page, share, margin), centre, balance, calibration)
 
 
 def streaming(sinks: int = 4, window: int = 1020, positions: str = "cache") -> CachePolicy:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from memjax._compat import has_host_memory
-from memjax.attention.attend import attend as _attend
+from memjax.attention.attend import read
 from memjax.cache.layer import LayerCache, commit, init_layer
 from memjax.cache.layer import update as _update
 from memjax.cache.recurrent import RecurrentCache, init_recurrent
@@ -102,6 +102,10 @@ class CachePolicy:
         self.resolved_front().resolved(spec)
         if self.codec.tile > 1 and self.tier is not None:
             raise ValueError(f"{self}: {self.codec.name} codes tiles of tokens, which the host tier cannot move yet")
+        if self.codec.page > 1 and self.tier is not None:
+            raise ValueError(
+                f"{self}: {self.codec.name} reads chosen pages of the device's memory, which the host tier cannot serve yet"
+            )
         moves_positions = self.evictor is not None and self.evictor.positions == "cache" and self.evictor.sinks > 0
         if moves_positions and spec.rope == "applied":
             raise ValueError(
@@ -229,7 +233,8 @@ def attend(
     cache: LayerCache, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
 ) -> tuple[Float[Array, "B T N Hv"], LayerCache]:
     """Attention outputs of ``q`` over the cache, and the cache with its staged tokens committed."""
-    return _attend(cache, q, positions), commit(cache)
+    out, cache = read(cache, q, positions)
+    return out, commit(cache)
 
 
 def abstract(policy: Policy, spec: LayerSpec | Sequence[LayerSpec]) -> AnyLayerCache | ModelCache:

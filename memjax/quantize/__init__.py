@@ -9,6 +9,7 @@ from memjax.quantize.int4 import Int4
 from memjax.quantize.int8 import Int8
 from memjax.quantize.kivi import Kivi
 from memjax.quantize.kvarn import KVarN
+from memjax.quantize.progressive import Progressive
 from memjax.quantize.turboquant import TurboQuant
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "KVarN",
     "KeyValueCodec",
     "Kivi",
+    "Progressive",
     "TurboQuant",
 ]

@@ -42,6 +42,11 @@ class KeyValueCodec:
         """Tokens that are encoded together: they enter the history in whole tiles."""
         return math.lcm(self.keys.tile, self.values.tile)
 
+    @property
+    def page(self) -> int:
+        """Slots that are chosen and read together: the history has a multiple of them."""
+        return 1
+
     def validate(self, dim: int) -> None:
         """Raises ValueError if vectors of ``dim`` values cannot be encoded."""
         for codec in (self.keys, self.values):
