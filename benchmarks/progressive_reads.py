@@ -28,6 +28,7 @@ from memjax.quantize import Progressive
 
 RESULTS = Path(__file__).parent / "results"
 CHUNK = 256
+QUICK = {"xla_backend_optimization_level": "0"}  # programs of 30 layers that run a hundred times take long to compile
 BASELINES = ("turboquant(3,3)", "turboquant(2,2)")
 PROGRESSIVE = (
     "progressive(refine=1.0,share=0.0)",
@@ -44,7 +45,7 @@ PROGRESSIVE = (
 
 def read_prompt(model, policy, ids: np.ndarray, capacity: int, static: bool):
     """The cache after the prompt."""
-    step = jax.jit(lambda d, c, t: d(t, c, compress_first=static)[1], donate_argnums=1)
+    step = jax.jit(lambda d, c, t: d(t, c, compress_first=static)[1], donate_argnums=1, compiler_options=QUICK)
     cache = model.init_cache(policy, 1, capacity, "float32")
     for start in range(0, len(ids), CHUNK):
         cache = step(model.decoder, cache, jnp.asarray(ids[None, start : start + CHUNK]))
@@ -59,7 +60,7 @@ def decode_steps(model, cache, ids: np.ndarray, static: bool, reference: np.ndar
         found = jax.nn.log_softmax(decoder.logits(hidden)[0, 0])
         return found if wanted is None else jnp.sum(jnp.exp(wanted) * (wanted - found)), cache
 
-    compiled, found = jax.jit(step, donate_argnums=1), []
+    compiled, found = jax.jit(step, donate_argnums=1, compiler_options=QUICK), []
     for i, token in enumerate(ids):
         each, cache = compiled(
             model.decoder, cache, jnp.asarray(token), None if reference is None else jnp.asarray(reference[i])

@@ -123,8 +123,13 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
         basis=init_basis(policy, spec, layer) if place.slots else None,
         policy=policy,
         spec=spec,
-        refined=jnp.zeros((spec.batch, 2), jnp.float32) if codec.page > 1 and place.slots else None,
+        refined=init_counters(policy, spec) if place.slots else None,
     )
+
+
+def init_counters(policy: CachePolicy, spec: CacheSpec) -> Array | None:
+    """Nothing refined and nothing read yet; None if the codec's pages are all read alike."""
+    return jnp.zeros((spec.batch, 2), jnp.float32) if policy.codec.page > 1 else None
 
 
 def init_basis(policy: CachePolicy, spec: CacheSpec, layer: int) -> Basis | None:
