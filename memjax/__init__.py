@@ -37,6 +37,7 @@ _NAMES = {
         "kvarn",
         "nf4",
         "nvfp4",
+        "progressive",
         "protect",
         "pyramidkv",
         "snapkv",

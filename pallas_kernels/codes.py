@@ -29,6 +29,8 @@ scale *are* an int2 code of the same vectors (``Codes.coarse``; 2 (2 c + 1) is t
 every kernel reads already; one bit of sign alone would make too coarse a first pass. And moved within their bytes the parts
 fill nibbles 2 (2 c + b) in the channel order of int4: a TPU unpacks them as such, with no sign to extend.
 
+A grid that is not uniform is nested if its maker says which four levels its cells have in common (``coarse_grid``).
+
 **Scales** (zero points and gains alike): one per slot, [..., S]; or one per tile of channels and slots, [..., H / a, S / b],
 of which KIVI's key scales (a = 1, b = 32) and groups along the head (b = 1) are cases. Gains are for codecs that scale along
 both axes of a tile, such as KVarN. Scales are bfloat16 unless a codec needs more.
@@ -60,7 +62,7 @@ Grid = str | tuple[int, ...]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["data", "scale", "zero", "gain"], meta_fields=["fmt", "grid"]
+    jax.tree_util.register_dataclass, data_fields=["data", "scale", "zero", "gain"], meta_fields=["fmt", "grid", "coarse_grid"]
 )
 @dataclass(frozen=True)
 class Codes:
@@ -72,6 +74,7 @@ class Codes:
     zero: Array | None = None
     grid: Grid = "uniform"
     gain: Array | None = None
+    coarse_grid: Grid | None = None
 
     @property
     def dim(self) -> int:
@@ -94,10 +97,15 @@ class Codes:
         return factor is not None and factor.ndim == self.data.ndim
 
     def coarse(self) -> Codes:
-        """Uniform int3 codes without their last bit: the first two thirds of the bytes, as int2 codes."""
-        if self.fmt != "int3" or self.grid != "uniform":
-            raise ValueError(f"only uniform int3 codes have a coarse part, not {self.fmt} with grid {self.grid}")
-        return Codes(split_int3(self.data)[0], 2 * self.scale, "int2", self.zero, gain=self.gain)
+        """int3 codes without their last bit: the first two thirds of the bytes, as int2 codes.
+
+        Of a uniform grid, or of one with a ``coarse_grid``: four levels in the units of ``grid``.
+        """
+        if self.fmt != "int3" or (self.grid != "uniform" and self.coarse_grid is None):
+            wanted = "only uniform int3 codes have a coarse part"
+            raise ValueError(f"{wanted}, not {self.fmt} with grid {self.grid}; int3 codes of other grids need a coarse_grid")
+        grid, unit = ("uniform", 2) if self.coarse_grid is None else (self.coarse_grid, 1)
+        return Codes(split_int3(self.data)[0], unit * self.scale, "int2", self.zero, grid, self.gain)
 
     def levels(self, dtype: DTypeLike) -> Float[Array, "... H S"]:
         """The unscaled levels in ``dtype`` (bfloat16 and wider hold the integer ones exactly)."""

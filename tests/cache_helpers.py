@@ -24,6 +24,7 @@ from memjax.quantize import (
     KeyValueCodec,
     Kivi,
     KVarN,
+    Progressive,
     TurboQuant,
 )
 from memjax.quantize.front import OFF
@@ -81,6 +82,8 @@ ROWS = [
     Row("kivi(4,8)+protect(2,8)", Kivi(4, 8), 2, 8, bound=INT4),
     Row("kivi(2,8)+protect(0,0)", Kivi(2, 8), 0, 0, bound=0.9),
     Row("kvarn(4,4,8)+protect(2,4)", KVarN(4, 4, 8), 2, 4, atol=1e-3, bound=INT4),
+    Row("progressive(refine=1.0,page=8,share=0.0)+protect(2,8)", Progressive(1.0, 8, 0.0), 2, 8, bound=0.9),
+    Row("streaming(4,20)+progressive(refine=1.0,page=8,share=0.0)+protect(4,6)", Progressive(1.0, 8, 0.0), 4, 6, (4, 20)),
     Row("streaming(4,20)+kivi(4,8)+protect(4,6)", Kivi(4, 8), 4, 6, (4, 20), bound=INT4),
     Row("streaming(4,16)", evict=(4, 16)),
     Row("streaming(4,16,positions=text)", evict=(4, 16), text_positions=True),

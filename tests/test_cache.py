@@ -46,9 +46,10 @@ CHAIN = "streaming(4,24)+int4+protect(2,8)+host(8,4)"
 CODED = "int8+protect(2,8)"
 HOST = "int8+protect(2,8)+host(8,4)"
 RAGGED = "int4+protect(2,0)"
+PAGED = "progressive(refine=1.0,page=8,share=0.0)+protect(2,8)"
 # These meet every cut; a codec or a window more changes nothing about cuts, so the others meet one.
 TILED = "kivi(4,8)+protect(2,8)"
-EVERY_CUT = ["dense", CODED, TILED, RAGGED, "streaming(4,16)", "streaming(4,16)+int8+protect(4,8)", HOST, CHAIN]
+EVERY_CUT = ["dense", CODED, TILED, RAGGED, PAGED, "streaming(4,16)", "streaming(4,16)+int8+protect(4,8)", HOST, CHAIN]
 CASES = [(each, cut) for each in ROWS for cut in CUTS if each.text in EVERY_CUT or cut == "sevens"]
 
 
@@ -200,7 +201,7 @@ def test_ragged_rows_are_what_each_is_alone(text):
         np.testing.assert_allclose(np.stack(decoded, axis=1)[b], expected[length:], atol=1e-5)
 
 
-@pytest.mark.parametrize("text", [RAGGED, HOST])
+@pytest.mark.parametrize("text", [RAGGED, HOST, PAGED])
 def test_a_row_that_overflows_is_nan_and_only_it(text):
     chunk = tuple(x[:, :7] for x in qkv(2))
     cache = result(text, "whole")[1]

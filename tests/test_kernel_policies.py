@@ -17,6 +17,7 @@ CASES = {
     "rotated int4": ("int4(rotate=true)+protect(2,8)", SPEC),
     "evicting": ("streaming(4,40)+int8+protect(4,8)", SPEC),
     "on the host": ("int8+protect(2,8)+host(8,16)", SPEC),
+    "refining": ("progressive(refine=1.0)+protect(2,8)", SPEC),
     "latent": ("int8+protect(2,8)", LATENT),
 }
 

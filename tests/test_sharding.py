@@ -16,6 +16,7 @@ TEXT = qkv(0, tokens=28)
 LATENT = mj.CacheSpec(2, 1, 20, 40, "float32", rope=mj.Rope(4, start=16), latent_dim=16)
 RECURRENT = mj.RecurrentSpec(2, conv_dim=24, conv_width=4, heads=2, head_dim=8, state_dim=6)
 CHAIN = "streaming(4,12)+int4(rotate=true)+protect(2,4)"
+PAGED = "progressive(refine=0.5,page=8)+protect(2,4)"
 HOST = "int8+protect(2,4)+host(8,4)"
 
 
@@ -24,7 +25,7 @@ def specs_of(tree) -> dict[str, PartitionSpec]:
     return {jax.tree_util.keystr(path): leaf.spec for path, leaf in paths}
 
 
-@pytest.mark.parametrize("text", ["dense", CHAIN, HOST])
+@pytest.mark.parametrize("text", ["dense", CHAIN, HOST, PAGED])
 def test_sharded_steps_give_the_unsharded_result(text):
     policy = mj.policy(text)
     placed = mj.shardings(policy, SPEC, MESH)

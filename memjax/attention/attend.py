@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from memjax.attention.progressive import progressive_attention
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.layer import LayerCache, Segment, bare, leaving_count, staged_positions
 from memjax.offload import pool
@@ -34,7 +35,8 @@ def attend(
     Returns:
       Attention outputs in q's dtype; for a latent stream Hv = latent_dim, else head_dim. NaN in rows that were given more
       tokens than ``spec.capacity``, so that an overflow inside ``jit`` cannot pass for a result. And the cache: the same but
-      for the scores of its tokens, if its policy judges them by the attention of the staged tokens' queries.
+      for the scores of its tokens, if its policy judges them by the attention of the staged tokens' queries, and the count of
+      what was read, if it keeps one.
 
     Raises:
       ValueError: query heads are no multiple of kv_heads, another batch or head_dim, or without ``positions`` another
@@ -58,13 +60,14 @@ def attend(
     observed = consecutive and cache.staged is not None and observer is not None
     reader.keeps_logits = observed and tokens <= DECODE_TOKENS
     parts = reader.recent_parts()
+    apart = [reader.sink_part()] if reader.sinks_stand_apart else []
     if cache.history is not None:
-        parts += reader.history_parts()
-    if reader.sinks_stand_apart:
-        parts.append(reader.sink_part())
-    out, lse = merge(parts)
+        parts += reader.history_parts(parts + apart)
+    out, lse = merge(parts + apart)
     if observed:
         cache = _observed(reader, q, lse)
+    if reader.counts is not None:
+        cache = dataclasses.replace(cache, refined=cache.refined + reader.counts)
     out = out.reshape(batch, heads, tokens, -1).swapaxes(1, 2)
     return jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out).astype(q.dtype), cache
 
@@ -92,6 +95,9 @@ def _overflowed(cache: LayerCache) -> Array:
         return jnp.zeros_like(cache.length, bool)
     slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
     slots = max(slots, cache.layout.slots if cache.host else 0)
+    if cache.history is not None and cache.history.pos is None:  # the last page may be longer than the capacity asks for
+        place = cache.layout
+        slots -= max(place.sinks + place.kept + place.slots - cache.spec.capacity, 0)
     written = cache.written if cache.staged is None else cache.written + leaving_count(cache)
     return written > slots
 
@@ -108,6 +114,7 @@ class _Reader:
         self.groups = q.shape[2] // self.spec.kv_heads
         self.q = self._rows(self._rotate(q, positions))
         self.sinks_stand_apart = False
+        self.counts = None  # pages refined and read, once they are
         # Only a rotary embedding and the model's own window depend on where a query stands.
         placed = isinstance(self.spec.rope, Rope) or self.spec.window is not None
         if placed and self.place.recent is not None and self.place.sinks:
@@ -135,9 +142,15 @@ class _Reader:
         q_pos: Array | None = None,
         centre: Centre | None = None,
         keep: str = "",
+        **paging,
     ):
-        """Attention over one segment; ``q_pos``: where the queries stand, if not at ``self.positions``; ``keep``: the name by
-        which logits are kept for scores, if any are wanted."""
+        """Attention over one segment.
+
+        Args:
+          q_pos: where the queries stand, if not at ``self.positions``.
+          keep: the name by which logits are kept for scores, if any are wanted.
+          paging: a page table, and what goes with it.
+        """
         coded = self.spec.coded_dim
         arguments = {
             "k_pos": k_pos,
@@ -156,7 +169,7 @@ class _Reader:
             return prefill(q, segment.k, segment.v, q_start=start, groups=self.groups, **arguments)
         q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
         if not (keep and self.keeps_logits):
-            return decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, **arguments)
+            return decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, **arguments, **paging)
         out, lse, self.logits[keep] = decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, logits=True, **arguments)
         return out, lse
 
@@ -165,7 +178,7 @@ class _Reader:
         self.keeps_logits, self.kernels = True, implementation
         self.recent_parts()
         if self.cache.history is not None and self.cache.layout.observer.history:
-            self.history_parts()
+            self.history_parts([])
 
     def scored(self, lse: Array, decay: Array, weights: Array) -> LayerCache:
         """The cache with decayed scores plus the weighted probabilities of the queries' rows."""
@@ -225,21 +238,45 @@ class _Reader:
         k_pos = jnp.concatenate([as_array(pos, segment.slots) for segment, pos in found], axis=-1)
         return self._attend(q, joined, k_pos, "xla", q_pos, keep=keep)
 
-    def history_parts(self):
-        """The coded history, in the codec's basis, and the older part of it in host memory."""
+    def history_parts(self, others: list):
+        """The coded history, in the codec's basis, and the older part of it in host memory; ``others``: parts found before."""
         cache, codec, coded, basis = self.cache, self.cache.policy.codec, self.spec.coded_dim, self.cache.basis
         centre = centre_term(basis, self.q[..., :coded], self.spec)
         prepared = codec.keys.into_basis(prepare_queries(basis, self.q[..., :coded]))
         q = jnp.concatenate([prepared, self.q[..., coded:]], axis=-1)
-        watched = cache.layout.observer is not None and cache.layout.observer.history
-        keep = "history" if watched else ""
-        parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre, keep=keep)]
+        if cache.refined is not None and self.positions.shape[1] <= DECODE_TOKENS:
+            parts = [self._progressive_part(q, centre, others)]
+        else:
+            keep = "history" if cache.layout.observer is not None and cache.layout.observer.history else ""
+            parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre, keep=keep)]
         if cache.rest is not None:
             parts.append(self._attend(q, cache.rest, cache.rest.pos, self.kernels, centre=centre))
         if cache.host is not None:
             parts.append(self._host_part(q, centre))
         values = codec.keys if self.spec.latent_dim else codec.values
         return [(restore_outputs(basis, values.out_of_basis(out), lse, self.spec), lse) for out, lse in parts]
+
+    def _progressive_part(self, q: Array, centre: Centre | None, others: list):
+        """The coded history, pages that matter with all their bits."""
+        cache = self.cache
+
+        def attend(q, segment, k_pos, q_pos, centre, **paging):
+            return self._attend(q, segment, k_pos, self.kernels, q_pos=q_pos, centre=centre, **paging)
+
+        lse = merge(others)[1] if others else jnp.full(q.shape[:3], -jnp.inf)
+        part, self.counts = progressive_attention(
+            attend,
+            q,
+            dataclasses.replace(cache.history, pos=None),
+            history_positions(cache),
+            cache.policy.codec,
+            scale=self.spec.attention_scale,
+            others=lse,
+            blocks=self.kernels in (None, "xla"),
+            q_pos=self.positions,
+            centre=centre,
+        )
+        return part
 
     def _host_part(self, q: Array, centre: Centre | None):
         """Streams the host pool page by page; only a page at a time is on the device."""

@@ -61,7 +61,19 @@ class Segment:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sinks", "history", "rest", "host", "tail", "staged", "staged_count", "length", "written", "basis"],
+    data_fields=[
+        "sinks",
+        "history",
+        "rest",
+        "host",
+        "tail",
+        "staged",
+        "staged_count",
+        "length",
+        "written",
+        "basis",
+        "refined",
+    ],
     meta_fields=["policy", "spec"],
 )
 @dataclass(frozen=True)
@@ -76,6 +88,8 @@ class LayerCache:
       length: int32 [B], tokens committed.
       written: int32 [B], tokens that have entered the history.
       basis: statistics in which the history is coded; None without a front end.
+      refined: float32 [B, 2], pages that decode steps have read in full and pages that they have read at all, summed over kv
+        heads; None for codecs whose pages are all read alike.
       policy, spec: static.
     """
 
@@ -91,6 +105,7 @@ class LayerCache:
     basis: Basis | None
     policy: CachePolicy
     spec: CacheSpec
+    refined: Array | None = None
 
     @property
     def layout(self) -> Layout:
@@ -129,7 +144,13 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
         basis=init_basis(policy, spec, layer) if place.slots else None,
         policy=policy,
         spec=spec,
+        refined=init_counters(policy, spec) if place.slots else None,
     )
+
+
+def init_counters(policy: CachePolicy, spec: CacheSpec) -> Array | None:
+    """Nothing refined and nothing read yet; None if the codec's pages are all read alike."""
+    return jnp.zeros((spec.batch, 2), jnp.float32) if policy.codec.page > 1 else None
 
 
 def init_basis(policy: CachePolicy, spec: CacheSpec, layer: int) -> Basis | None:

@@ -23,7 +23,8 @@ class Layout:
       tail: newest tokens, dense, in a ring (slot = position mod tail). With tiles it has room for one that is not full yet.
       kept: tokens that stay in the tail when all whole tiles have left it.
       tile: tokens that enter the history together.
-      slots: history slots. Token number o to enter the history sits in slot o, or o mod slots when ``ring``.
+      slots: history slots, whole pages of the codec. Token number o to enter the history sits in slot o, or o mod slots when
+        ``ring``.
       ring: the history forgets its oldest token for a new one.
       recent: an evictor's window, at most what the capacity leaves for it: keys at this distance are gone (sinks apart).
         None: nothing is evicted.
@@ -67,6 +68,7 @@ def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
     slots = keep - sinks - kept
     # In a ring a tile takes the place of one that the window has left altogether.
     slots = (-(-slots // tile) if ring else slots // tile) * tile
+    slots = -(-slots // policy.codec.page) * policy.codec.page
     tail = kept + tile - 1 if slots else keep - sinks
     resident, host_slots = slots, 0
     if tier is not None and tier.resident < slots:

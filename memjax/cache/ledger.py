@@ -70,7 +70,7 @@ def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
     if not isinstance(cache, LayerCache):
         return sum((nbytes(layer) for layer in cache), Bytes())
     windows = _size((cache.sinks, cache.tail, cache.staged))
-    counters = _size((cache.length, cache.written, cache.staged_count))
+    counters = _size((cache.length, cache.written, cache.staged_count, cache.refined))
     device, host, basis = _size((cache.history, cache.rest)), _size(cache.host), _size(cache.basis)
     slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
     slots += 0 if cache.host is None else cache.layout.host_slots
@@ -113,7 +113,7 @@ def _predict_attention(policy: CachePolicy, spec: CacheSpec) -> Bytes:
     windows = round((place.sinks + place.tail) * slot_bytes(Dense()))
     windows += 4 * vectors * place.tail * (place.observer is not None)
     basis = _basis_numbers(policy, spec) * 4 if place.slots else 0
-    counters = 2 * 4 * spec.batch
+    counters = (4 if policy.codec.page > 1 and place.slots else 2) * 4 * spec.batch
     return Bytes(
         device=windows + basis + counters + device,
         host=host,

@@ -22,6 +22,7 @@ _NAMES = (
     "kvarn",
     "zipcache",
     "auto",
+    "progressive",
     "streaming",
     "h2o",
     "tova",

@@ -17,6 +17,7 @@ from memjax.quantize import (
     KeyValueCodec,
     Kivi,
     KVarN,
+    Progressive,
     TurboQuant,
     ZipCache,
 )
@@ -149,6 +150,12 @@ def auto(
     bits: float = 0.0,
     bytes: str | int = "",
     file: str = "",
+
+def progressive(
+    refine: float = 0.25,
+    page: int = 128,
+    share: float = 0.01,
+    margin: float = 3.0,
     centre: str = "auto",
     balance: str = "auto",
     calibration: str = "",
@@ -162,6 +169,9 @@ def auto(
     """
     count = byte_count(bytes)
     return _coded(Auto(3.25 if bits == 0 and not count else bits, count, file), centre, balance, calibration)
+
+    """Nested 2 + 1-bit codes, read in full where it matters; see ``memjax.quantize.progressive``."""
+    return _coded(Progressive(refine, page, share, margin), centre, balance, calibration)
 
 
 def streaming(sinks: int = 4, window: int = 1020, positions: str = "cache") -> CachePolicy:

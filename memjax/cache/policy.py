@@ -90,6 +90,8 @@ class CachePolicy:
                 f"{self}: {self.codec.name} codes tiles of {self.codec.tile} tokens, out of which {self.evictor.name} cannot "
                 "take single ones; use a token-wise codec such as int4 or turboquant"
             )
+        if self.codec.page > 1:
+            raise ValueError(f"{self}: {self.codec.name} reads chosen pages, {self.evictor.name} scatters tokens; use turboquant(3,3)")
         if self.tier is not None:
             raise ValueError(f"{self}: {self.evictor.name} scatters tokens over slots, which the host tier cannot move")
 
@@ -114,6 +116,10 @@ class CachePolicy:
         self.resolved_front().resolved(spec)
         if self.codec.tile > 1 and self.tier is not None:
             raise ValueError(f"{self}: {self.codec.name} codes tiles of tokens, which the host tier cannot move yet")
+        if self.codec.page > 1 and self.tier is not None:
+            raise ValueError(
+                f"{self}: {self.codec.name} reads chosen pages of the device's memory, which the host tier cannot serve yet"
+            )
         if isinstance(self.evictor, Budgeted):
             self._check_budget(spec)
         streaming = self.evictor if isinstance(self.evictor, Streaming) else None

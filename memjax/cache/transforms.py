@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from memjax.attention.attend import history_positions, host_positions
-from memjax.cache.layer import LayerCache, commit, encode, init_basis
+from memjax.cache.layer import LayerCache, commit, encode, init_basis, init_counters
 from memjax.cache.policy import CachePolicy, ModelCache
 from memjax.cache.recurrent import RecurrentCache
 from memjax.cache.slots import pad, take
@@ -52,6 +52,8 @@ def _quantize(cache: LayerCache, index: int, codec: KeyValueCodec, front: FrontE
     policy.validate(spec)
     if cache.history is None:
         return dataclasses.replace(cache, policy=policy)
+    refined = init_counters(policy, spec)
+    _check_pages("quantize", codec, cache.history.slots)
     basis, position = init_basis(policy, spec, index), positions(history_positions(cache), cache.history.slots)
     whole, at = cache.history, position
     if cache.host is not None:
@@ -64,7 +66,13 @@ def _quantize(cache: LayerCache, index: int, codec: KeyValueCodec, front: FrontE
     history, host = dataclasses.replace(history, pos=cache.history.pos), None
     if cache.host is not None:
         host = pool.store(encode(whole, at, codec, basis, spec), cache.policy.tier.page)
-    return dataclasses.replace(cache, history=history, host=host, policy=policy, basis=basis)
+    return dataclasses.replace(cache, history=history, host=host, policy=policy, basis=basis, refined=refined)
+
+
+def _check_pages(transform: str, codec: KeyValueCodec, slots: int) -> None:
+    if slots % codec.page:
+        pages = f"{codec.name} reads pages of {codec.page}: make it a multiple"
+        raise ValueError(f"{transform} would leave a history of {slots} slots, but {pages}")
 
 
 def evict(
@@ -99,6 +107,7 @@ def _evict(cache: LayerCache, scores: Array, budget: int, room: int) -> LayerCac
     if cache.layout.tile > 1:
         raise ValueError(f"evict cannot take single tokens out of {cache.policy.codec.name}'s tiles; evict first")
     slots, heads = cache.history.slots, cache.spec.kv_heads
+    _check_pages("evict", cache.policy.codec, budget + room)
     if not 1 <= budget <= slots or room < 0:
         raise ValueError(f"evict needs 1 <= budget <= {slots} history slots and room >= 0, got {budget} and {room}")
     if scores.shape not in [(cache.spec.batch, h, slots) for h in (1, heads)]:

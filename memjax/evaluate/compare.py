@@ -74,7 +74,7 @@ def compare(
       Rows with the keys policy, tokens, bytes_device, bytes_host, bytes_disk, bits_per_value (of the coded history, scales
       and padding included), compression (bytes of a 16-bit cache of the same capacity over all bytes of this one),
       kld_mean, kld_p95 (nats per token, reference to policy), top1, ppl, prefill_tokens_per_s, decode_tokens_per_s,
-      simulated; bytes_windows, bits_total and how the run was set up besides.
+      simulated; bytes_windows, bits_total, refined (see ``refined_fraction``) and how the run was set up besides.
 
     Raises:
       ValueError: no policies, a text too short, or a policy that cannot serve the model; before anything is computed.
@@ -250,6 +250,7 @@ class Reader:
             "decode_tokens_per_s": _number(run.decode_rate),
             "simulated": run.job.policy.simulated(),
             "bytes_windows": held.windows,
+            "refined": refined_fraction(run.cache),
             "bits_total": 8 * held.total / values,
             "capacity": capacity,
             "chunk": setup.chunk,
@@ -269,6 +270,13 @@ def _metrics(wanted: Float[Array, "T V"], found: Float[Array, "T V"], following:
     agree = jnp.argmax(wanted, axis=-1) == jnp.argmax(found, axis=-1)
     nll = -jnp.take_along_axis(policy[: following.shape[0]], following[:, None], axis=-1)[:, 0]
     return kld, agree, nll
+
+
+def refined_fraction(cache: ModelCache) -> float | None:
+    """Of the pages that decode steps have read, how many they have read in full; None where no layer counts them."""
+    counted = [one.refined for one in cache if isinstance(one, LayerCache) and one.refined is not None]
+    refined, read = np.sum([np.asarray(each, np.float64).sum(axis=0) for each in counted], axis=0) if counted else (0, 0)
+    return float(refined / read) if read else None
 
 
 def _number(value: float) -> float | None:

@@ -10,6 +10,7 @@ from memjax.quantize.int4 import Int4
 from memjax.quantize.int8 import Int8
 from memjax.quantize.kivi import Kivi
 from memjax.quantize.kvarn import KVarN
+from memjax.quantize.progressive import Progressive
 from memjax.quantize.turboquant import TurboQuant
 from memjax.quantize.zipcache import ZipCache
 
@@ -28,6 +29,7 @@ __all__ = [
     "KeyValueCodec",
     "Kivi",
     "Pair",
+    "Progressive",
     "TurboQuant",
     "ZipCache",
 ]

@@ -65,14 +65,66 @@ def int_table(bits: int, dim: int | None = None) -> tuple[tuple[int, ...], float
     ((-90, -27, 27, 90), [-1.51, -0.453, 0.453, 1.51])
     """
     levels = lloyd_max(bits, dim)
-    half = levels[levels.size // 2 :]
+    upper, unit = _integers(levels[levels.size // 2 :], cell_masses(levels, dim)[levels.size // 2 :])
+    return _mirrored(upper), unit
+
+
+@functools.lru_cache(maxsize=64)
+def nested_levels(dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Levels of 2 + 1 bits: ``lloyd_max(2)``, and of each of its cells the two best, all ascending.
+
+    >>> [levels.round(3).tolist()[-4:] for levels in nested_levels()]
+    [[-1.51, -0.453, 0.453, 1.51], [0.231, 0.711, 1.283, 2.105]]
+    """
+    coarse = lloyd_max(2, dim)
+    x, mass, moment = _law(dim)
+    inner, edge, end = 0.0, midpoints(coarse)[-1], x[-1]
+    split = np.array([edge / 2, edge + 0.7])
+    for _ in range(3000):
+        edges = np.array([inner, split[0], edge, split[1], end])
+        fine = np.diff(np.interp(edges, x, moment)) / np.diff(np.interp(edges, x, mass))
+        moved, split = np.abs((fine[0::2] + fine[1::2]) / 2 - split).max(), (fine[0::2] + fine[1::2]) / 2
+        if moved < 1e-11:
+            break
+    fine = np.concatenate([-fine[::-1], fine])
+    fine.setflags(write=False)
+    return coarse, fine
+
+
+def nested_edges(dim: int | None = None) -> np.ndarray:
+    """Where the codes of ``nested_levels`` change: a cell of two bits ends where it does without the third."""
+    coarse, fine = nested_levels(dim)
+    edges = midpoints(fine)
+    edges[1::2] = midpoints(coarse)
+    return edges
+
+
+@functools.lru_cache(maxsize=64)
+def nested_tables(dim: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...], float]:
+    """The four and the eight levels as integers in -127 .. 127, and the unit of both.
+
+    >>> coarse, fine, unit = nested_tables(64)
+    >>> len(coarse), len(fine), max(fine) <= 127
+    (4, 8, True)
+    """
+    coarse, fine = nested_levels(dim)
+    x, mass, _ = _law(dim)
+    weights = np.diff(np.interp(np.append(nested_edges(dim)[3:], x[-1]), x, mass)) / 2
+    upper, unit = _integers(fine[4:], weights)
+    return _mirrored(tuple(int(level) for level in np.round(coarse[2:] / unit))), _mirrored(upper), unit
+
+
+def _integers(half: np.ndarray, weights: np.ndarray) -> tuple[tuple[int, ...], float]:
+    """Positive levels as multiples of the best unit for levels that are met as often as ``weights`` says."""
     units = half[-1] / np.arange(_SMALLEST_PEAK, LARGEST_LEVEL + 0.5, 0.01)
     tables = np.round(half / units[:, None])
-    weights = cell_masses(levels, dim)[levels.size // 2 :]
     units = (tables * half) @ weights / (tables**2 @ weights)
     best = int(np.argmin((tables * units[:, None] - half) ** 2 @ weights))
-    upper = tuple(int(level) for level in tables[best])
-    return (*(-level for level in reversed(upper)), *upper), float(units[best])
+    return tuple(int(level) for level in tables[best]), float(units[best])
+
+
+def _mirrored(upper: tuple[int, ...]) -> tuple[int, ...]:
+    return (*(-level for level in reversed(upper)), *upper)
 
 
 def cubic_levels(bits: int) -> np.ndarray:
@@ -95,16 +147,16 @@ def cell_masses(levels: np.ndarray, dim: int | None = None) -> np.ndarray:
     return np.diff(np.concatenate([[0.0], below, [1.0]]))
 
 
-def distortion(levels: np.ndarray, dim: int | None = None) -> float:
-    """E min_k (x - c_k)^2 of a symmetric codebook under the law of a coordinate of unit variance.
+def distortion(levels: np.ndarray, dim: int | None = None, edges: np.ndarray | None = None) -> float:
+    """E min_k (x - c_k)^2 of a symmetric codebook under the law of a coordinate of unit variance; ``edges``: of other cells.
 
     >>> round(distortion(lloyd_max(4)), 5)
     0.0095
     """
     x, mass, _ = _law(dim)
     middle = (x[1:] + x[:-1]) / 2
-    nearest = levels[np.searchsorted(midpoints(levels), middle)]
-    return float(np.sum(np.diff(mass) * (middle - nearest) ** 2))
+    level = levels[np.searchsorted(midpoints(levels) if edges is None else edges, middle)]
+    return float(np.sum(np.diff(mass) * (middle - level) ** 2))
 
 
 @functools.lru_cache(maxsize=8)

@@ -58,6 +58,11 @@ class KeyValueCodec:
         """Whose attention decides which tokens are salient."""
         return None
 
+    @property
+    def page(self) -> int:
+        """Slots that are chosen and read together: the history has a multiple of them."""
+        return 1
+
     def validate(self, dim: int) -> None:
         """Raises ValueError if vectors of ``dim`` values cannot be encoded."""
         for codec in (self.keys, self.values):

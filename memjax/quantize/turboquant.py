@@ -132,12 +132,16 @@ class Lloyd(Codec):
         table, unit = int_table(self.bits, dim)
         return np.asarray(table, np.float64), unit
 
+    def _edges(self, dim: int) -> np.ndarray:
+        """Where the code changes, in units of the stored levels."""
+        return midpoints(self._levels(dim)[0])
+
     def _round(self, y: Float[Array, "... H S"], norm: Float[Array, "... 1 S"], factor: float | Array):
         """Signed codes of ``y`` and the scale of its stored levels."""
         dim = y.shape[-2]
         levels, unit = self._levels(dim)
         step = unit * norm / (dim**0.5 * factor)  # what one stored level is worth while rounding
-        codes = sum((y > np.float32(edge) * step).astype(jnp.int8) for edge in midpoints(levels))
+        codes = sum((y > np.float32(edge) * step).astype(jnp.int8) for edge in self._edges(dim))
         codes = codes - jnp.int8(2 ** (self.bits - 1))
         if self.scale == "norm":
             return codes, step
@@ -162,7 +166,7 @@ class Lloyd(Codec):
         # Sums over comparisons, which XLA fuses into the sums over channels: nothing of [factors, ..., H, S] is ever stored.
         level = levels[0] + sum(
             np.float32(rise) * (y > np.float32(edge) * step).astype(jnp.float32)
-            for rise, edge in zip(np.diff(levels), midpoints(levels), strict=True)
+            for rise, edge in zip(np.diff(levels), self._edges(y.shape[-2]), strict=True)
         )
         length, dot = (jnp.sum(level * x, -2, keepdims=True) for x in (level, y))
         best = jnp.argmax(dot * dot / length, axis=0)
