@@ -150,12 +150,6 @@ def auto(
     bits: float = 0.0,
     bytes: str | int = "",
     file: str = "",
-
-def progressive(
-    refine: float = 0.25,
-    page: int = 128,
-    share: float = 0.01,
-    margin: float = 3.0,
     centre: str = "auto",
     balance: str = "auto",
     calibration: str = "",
@@ -170,6 +164,16 @@ def progressive(
     count = byte_count(bytes)
     return _coded(Auto(3.25 if bits == 0 and not count else bits, count, file), centre, balance, calibration)
 
+
+def progressive(
+    refine: float = 0.25,
+    page: int = 128,
+    share: float = 0.01,
+    margin: float = 3.0,
+    centre: str = "auto",
+    balance: str = "auto",
+    calibration: str = "",
+) -> CachePolicy:
     """Nested 2 + 1-bit codes, read in full where it matters; see ``memjax.quantize.progressive``."""
     return _coded(Progressive(refine, page, share, margin), centre, balance, calibration)
 

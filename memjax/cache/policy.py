@@ -91,7 +91,9 @@ class CachePolicy:
                 "take single ones; use a token-wise codec such as int4 or turboquant"
             )
         if self.codec.page > 1:
-            raise ValueError(f"{self}: {self.codec.name} reads chosen pages, {self.evictor.name} scatters tokens; use turboquant(3,3)")
+            raise ValueError(
+                f"{self}: {self.codec.name} reads pages of neighbours, while {self.evictor.name} scatters tokens; use turboquant"
+            )
         if self.tier is not None:
             raise ValueError(f"{self}: {self.evictor.name} scatters tokens over slots, which the host tier cannot move")
 
