@@ -92,7 +92,7 @@ class CachePolicy:
             )
         if self.codec.page > 1:
             raise ValueError(
-                f"{self}: {self.codec.name} reads pages of neighbours, while {self.evictor.name} scatters tokens; use turboquant"
+                f"{self}: {self.codec.name} reads pages of neighbours, but {self.evictor.name} scatters tokens; use turboquant"
             )
         if self.tier is not None:
             raise ValueError(f"{self}: {self.evictor.name} scatters tokens over slots, which the host tier cannot move")
