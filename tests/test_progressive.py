@@ -64,13 +64,12 @@ def test_every_level_is_the_mean_of_its_cell(dim):
 
 @pytest.mark.parametrize("dim", [None, 16, 64, 128, 256])
 def test_integer_levels_lose_next_to_nothing(dim):
-    """The coarse ones are longer by what makes vectors as long as their fine codes."""
-    (coarse, fine, unit), exact, edges = nested_tables(dim), nested_levels(dim), nested_edges(dim)
+    coarse, fine, unit = nested_tables(dim)
+    exact = nested_levels(dim)
     assert max(fine) <= 127
-    assert distortion(unit * np.array(fine), dim, edges) < distortion(exact[1], dim, edges) * 1.001
-    longer = np.sqrt((1 - distortion(exact[1], dim, edges)) / (1 - distortion(exact[0], dim)))
-    assert 1.03 < longer < 1.06
-    assert distortion(unit * np.array(coarse) / longer, dim, midpoints(exact[0])) < distortion(exact[0], dim) * 1.001
+    for table, levels, edges in zip((coarse, fine), exact, (midpoints(exact[0]), nested_edges(dim)), strict=True):
+        rounded = distortion(unit * np.array(table), dim, edges)
+        assert rounded < distortion(levels, dim, edges) * 1.001
 
 
 def test_two_of_the_three_bits_are_the_code_of_two_bits():
@@ -80,9 +79,7 @@ def test_two_of_the_three_bits_are_the_code_of_two_bits():
     flat = quick_jit(lambda x: Lloyd(2, "norm").encode(x, x.dtype))(x)
     assert nested.fmt == flat.fmt == "int2"
     assert np.mean(np.asarray(nested.data != flat.data)) < 0.005
-    kept = quick_jit(lambda x: Nested().encode(x, x.dtype).coarse().decode())(x)
-    lengths = [np.linalg.norm(np.asarray(each), axis=0) for each in (kept, x)]
-    assert np.mean(lengths[0] / lengths[1]) == pytest.approx(1.0, abs=0.01)
+    assert np.asarray(nested.decode()).std() == pytest.approx(np.asarray(flat.decode()).std(), rel=0.005)
 
 
 def test_errors_of_both_reads_on_gaussian_vectors():
@@ -92,7 +89,7 @@ def test_errors_of_both_reads_on_gaussian_vectors():
     codes = quick_jit(lambda x: codec.encode(x, x.dtype))(x)
     fine, coarse = (quick_jit(codec.decode)(each) for each in (codes, codes.coarse()))
     assert relative_error(fine, x) ** 2 == pytest.approx(0.0342, rel=0.01)
-    assert relative_error(coarse, x) ** 2 == pytest.approx(0.116 + 0.0018, rel=0.01)
+    assert relative_error(coarse, x) ** 2 == pytest.approx(0.116, rel=0.01)
     assert codec.bits_per_value(64) == 3.25
     # The error of scores that the bound is made of: of queries that know nothing of the keys.
     scale = np.asarray(codes.scale, np.float32)

@@ -103,9 +103,6 @@ def nested_edges(dim: int | None = None) -> np.ndarray:
 def nested_tables(dim: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...], float]:
     """The four and the eight levels as integers in -127 .. 127, and the unit of both.
 
-    The four are longer by sqrt((1 - D) / (1 - D')), D and D' the errors of eight and of four: a scale that keeps the length
-    of a vector's eight levels then keeps, on average, that of its four.
-
     >>> coarse, fine, unit = nested_tables(64)
     >>> len(coarse), len(fine), max(fine) <= 127
     (4, 8, True)
@@ -114,9 +111,7 @@ def nested_tables(dim: int | None = None) -> tuple[tuple[int, ...], tuple[int, .
     x, mass, _ = _law(dim)
     weights = np.diff(np.interp(np.append(nested_edges(dim)[3:], x[-1]), x, mass)) / 2
     upper, unit = _integers(fine[4:], weights)
-    longer = ((1 - distortion(fine, dim, nested_edges(dim))) / (1 - distortion(coarse, dim))) ** 0.5
-    lower = tuple(int(level) for level in np.round(longer * coarse[2:] / unit))
-    return _mirrored(lower), _mirrored(upper), unit
+    return _mirrored(tuple(int(level) for level in np.round(coarse[2:] / unit))), _mirrored(upper), unit
 
 
 def _integers(half: np.ndarray, weights: np.ndarray) -> tuple[tuple[int, ...], float]:
