@@ -11,7 +11,7 @@ used, with the default windows.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import importlib.resources
 import json
 import time
@@ -22,13 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import memjax as mj
-from memjax.cache.layer import LayerCache
+from memjax.cache.layer import commit
 from memjax.evaluate.compare import refined_fraction
-from memjax.quantize import Progressive
 
 RESULTS = Path(__file__).parent / "results"
 CHUNK = 256
-QUICK = {"xla_backend_optimization_level": "0"}  # programs of 30 layers that run a hundred times take long to compile
 BASELINES = ("turboquant(3,3)", "turboquant(2,2)")
 PROGRESSIVE = (
     "progressive(refine=1.0,share=0.0)",
@@ -43,57 +41,51 @@ PROGRESSIVE = (
 )
 
 
-def read_prompt(model, policy, ids: np.ndarray, capacity: int, static: bool):
-    """The cache after the prompt."""
-    step = jax.jit(lambda d, c, t: d(t, c, compress_first=static)[1], donate_argnums=1, compiler_options=QUICK)
-    cache = model.init_cache(policy, 1, capacity, "float32")
-    for start in range(0, len(ids), CHUNK):
-        cache = step(model.decoder, cache, jnp.asarray(ids[None, start : start + CHUNK]))
-    return cache
+@functools.partial(jax.jit, static_argnames="static")
+def one_layer(layer, cache, prompt, rest, static: bool):
+    """A layer's outputs for the prompt [chunks, 1, C, D], in chunks, and for the tokens after it [T, 1, 1, D], one by one.
+
+    A token meets in a layer only what the layer before made of it and of tokens before it: so layer by layer comes out what
+    comes out token by token, and one layer is all that has to be compiled.
+    """
+
+    def read(cache, x):
+        x, cache = layer(x, cache, None, static)
+        return commit(cache), x
+
+    cache, prompt = jax.lax.scan(read, cache, prompt)
+    cache, rest = jax.lax.scan(read, cache, rest)
+    return prompt, rest, cache
 
 
-def decode_steps(model, cache, ids: np.ndarray, static: bool, reference: np.ndarray | None):
-    """One token at a time: log probabilities [T, V] if there is no reference, else KL divergences [T]; and the cache."""
-
-    def step(decoder, cache, token, wanted):
-        hidden, cache = decoder(token[None, None], cache, compress_first=static)
-        found = jax.nn.log_softmax(decoder.logits(hidden)[0, 0])
-        return found if wanted is None else jnp.sum(jnp.exp(wanted) * (wanted - found)), cache
-
-    compiled, found = jax.jit(step, donate_argnums=1, compiler_options=QUICK), []
-    for i, token in enumerate(ids):
-        each, cache = compiled(
-            model.decoder, cache, jnp.asarray(token), None if reference is None else jnp.asarray(reference[i])
-        )
-        found.append(np.asarray(each))
-    return np.stack(found), cache
-
-
-def with_policy(cache, policy):
-    """A prompt's cache as another progressive policy would have left it: chunks are read fine by all of them."""
-    return tuple(dataclasses.replace(one, policy=policy) if isinstance(one, LayerCache) else one for one in cache)
+def log_probabilities(model, policy, ids: np.ndarray, new: int, static: bool):
+    """Of what follows each of the last ``new`` tokens, [new, V]; and the caches."""
+    x = model.decoder.embedding(jnp.asarray(ids))
+    prompt, rest = x[:-new].reshape(-1, 1, CHUNK, x.shape[-1]), x[-new:, None, None]
+    caches = list(model.init_cache(policy, 1, len(ids), "float32"))
+    for i, layer in enumerate(model.decoder.layers):
+        prompt, rest, caches[i] = one_layer(layer, caches[i], prompt, rest, static)
+    logits = model.decoder.logits(model.decoder.norm(rest[:, 0, 0]))
+    return jax.nn.log_softmax(logits), tuple(caches)
 
 
 def measure(model, policies, ids: np.ndarray, new: int, static: bool) -> list[dict]:
     """A row per policy."""
-    prompt, rest, tail = ids[:-new], ids[-new:], "+protect(4,0)" if static else ""
-    reference, _ = decode_steps(model, read_prompt(model, mj.dense(), prompt, len(ids), static), rest, static, None)
-    rows, shared = [], {}
+    reference, _ = log_probabilities(model, mj.dense(), ids, new, static)
+    rows = []
     for text in policies:
-        policy, begin = mj.policy(text + tail), time.perf_counter()
-        kind = Progressive if isinstance(policy.codec, Progressive) else policy
-        if kind not in shared:
-            shared[kind] = read_prompt(model, policy, prompt, len(ids), static)
-        cache = with_policy(jax.tree.map(jnp.copy, shared[kind]), policy)
-        kld, cache = decode_steps(model, cache, rest, static, reference)
+        begin = time.perf_counter()
+        found, cache = log_probabilities(model, mj.policy(text + ("+protect(4,0)" if static else "")), ids, new, static)
+        kld = np.asarray(jnp.sum(jnp.exp(reference) * (reference - found), axis=-1))
         rows.append(
             {
                 "policy": text,
                 "setting": "static" if static else "accumulated",
-                "prompt": len(prompt),
+                "prompt": len(ids) - new,
                 "new": new,
                 "kld_mean": float(kld.mean(dtype=np.float64)),
                 "kld_p95": float(np.percentile(kld, 95)),
+                "top1": float(np.mean(np.asarray(jnp.argmax(found, -1) == jnp.argmax(reference, -1)))),
                 "refined": refined_fraction(cache),
                 "bits_per_value": mj.nbytes(cache).bits_per_value,
                 "seconds": time.perf_counter() - begin,

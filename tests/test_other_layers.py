@@ -98,7 +98,7 @@ def mla_oracle(w, x, row=None, sizes=None):
         return q[..., :PLAIN] @ keys.swapaxes(-1, -2), np.einsum("bsc,cnv->bnsv", latent, w["up_value"])
 
     (scores, values), (coded_scores, coded_values) = (
-        scores_and_values(each) for each in (latent, lossy(row.codec, latent))
+        scores_and_values(each) for each in (latent, lossy(row.codec.keys, latent))
     )
     scores = np.where(exact, scores, coded_scores) + rotary
     weights = numpy_softmax(scores * (PLAIN + ROPED) ** -0.5, mask)

@@ -5,6 +5,9 @@ coordinate lies in, the third which half of it, each cell's halves having the tw
 
     mean squared error at unit variance:   .1175 of the two bits (the flat 2-bit code's own), .0348 of all three (flat: .0345)
 
+One scale serves both reads and keeps the length of the vector that all bits stand for. Two bits then shorten it, by 4.6 %;
+levels longer by that much are no better in front of a model (KL divergence of SmolLM2, nothing refined: .217 against .214).
+
 How they are read is ``memjax.attention.progressive``'s matter. Layout: ``int3`` codes, two-bit rows first, with one bfloat16
 scale per vector: 3 + 16 / H bits per value, 3.25 at head_dim 64 and 3.125 at 128. The page size only rounds the history up.
 
