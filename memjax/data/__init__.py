@@ -1,1 +1,1 @@
-"""Text that the package brings along: a public-domain excerpt for the demo."""
+"""What the package brings along: a public-domain text and a code file, and the sensitivities of the default model."""
