@@ -24,6 +24,7 @@ _NAMES = {
     "memjax.cache.parts": (
         "dense",
         "fp8",
+        "gear",
         "host",
         "int2",
         "int4",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from memjax.attention.rope import Rope, apply_rope
-from memjax.cache.layer import LayerCache, Segment, leaving_count, staged_positions
+from memjax.cache.layer import LayerCache, Segment, fitted, leaving_count, staged_positions
 from memjax.offload import pool
 from memjax.pallas_kernels.decode import Centre, decode
 from memjax.pallas_kernels.merge import merge
 from memjax.pallas_kernels.prefill import prefill
 from memjax.pallas_kernels.slots import FREE, Positions, Span
 from memjax.pallas_kernels.slots import positions as as_array
+from memjax.quantize.codec import CodePair
 from memjax.quantize.front import centre_term, prepare_queries, restore_outputs
 
 DECODE_TOKENS = 8  # with more new tokens than these, kernels work on blocks of query rows
@@ -110,11 +113,13 @@ class _Reader:
         centre: Centre | None = None,
     ):
         """Attention over one segment; ``q_pos``: where the queries stand, if not at ``self.positions``."""
-        coded = self.spec.coded_dim
+        k, extra, coded = segment.k, segment.extra, self.spec.coded_dim
+        if isinstance(k, CodePair):  # the second stream is read as the rotary part of a latent stream is
+            k, extra, coded = k.first, k.second, k.first.dim
         arguments = {
             "k_pos": k_pos,
-            "q_extra": q[..., coded:] if self.spec.extra_dim else None,
-            "k_extra": segment.extra,
+            "q_extra": None if extra is None else q[..., coded:],
+            "k_extra": extra,
             "scale": self.spec.attention_scale,
             "softcap": self.spec.softcap,
             "window": self.spec.window,
@@ -124,10 +129,14 @@ class _Reader:
         }
         q = q[..., :coded]
         if self.in_blocks and q_pos is None and centre is None:
-            start = self.positions[:, 0]
-            return prefill(q, segment.k, segment.v, q_start=start, groups=self.groups, **arguments)
-        q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
-        return decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, **arguments)
+            read = functools.partial(prefill, q, k, q_start=self.positions[:, 0], groups=self.groups, **arguments)
+        else:
+            q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
+            read = functools.partial(decode, q, k, q_pos=q_pos, centre=centre, **arguments)
+        if not isinstance(segment.v, CodePair):
+            return read(v=segment.v)
+        (first, lse), (second, _) = read(v=segment.v.first), read(v=segment.v.second)
+        return jnp.concatenate([first, second], axis=-1), lse
 
     def recent_parts(self):
         """Sinks, tail and staged tokens: all dense, so one segment (without the sinks if those see other queries).
@@ -171,14 +180,15 @@ class _Reader:
 
     def history_parts(self):
         """The coded history, in the codec's basis, and the older part of it in host memory."""
-        cache, codec, coded, basis = self.cache, self.cache.policy.codec, self.spec.coded_dim, self.cache.basis
+        cache, coded, basis = self.cache, self.spec.coded_dim, self.cache.basis
+        keys, values = fitted(cache.policy.codec, basis)
         centre = centre_term(basis, self.q[..., :coded], self.spec)
-        prepared = codec.keys.into_basis(prepare_queries(basis, self.q[..., :coded]))
+        prepared = keys.into_basis(prepare_queries(basis, self.q[..., :coded]))
         q = jnp.concatenate([prepared, self.q[..., coded:]], axis=-1)
         parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre)]
         if cache.host is not None:
             parts.append(self._host_part(q, centre))
-        values = codec.keys if self.spec.latent_dim else codec.values
+        values = keys if self.spec.latent_dim else values
         return [(restore_outputs(basis, values.out_of_basis(out), lse, self.spec), lse) for out, lse in parts]
 
     def _host_part(self, q: Array, centre: Centre | None):

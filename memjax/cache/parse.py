@@ -20,13 +20,14 @@ _NAMES = (
     "turboquant",
     "kivi",
     "kvarn",
+    "gear",
     "streaming",
     "host",
     "protect",
     "kernels",
 )
 PARTS: dict[str, Callable[..., CachePolicy]] = {name: getattr(parts, name) for name in _NAMES}
-_PART = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
+_PART = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(((?:[^()]|\([^()]*\))*)\))?\s*")
 
 
 def policy(text: str) -> CachePolicy:
@@ -41,7 +42,7 @@ def policy(text: str) -> CachePolicy:
     """
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a policy is a text such as 'streaming(4,1020)+int4', got {text!r}")
-    return chain(*(_part(piece, text) for piece in text.split("+")))
+    return chain(*(_part(piece, text) for piece in _split(text, "+")))
 
 
 def signatures() -> dict[str, str]:
@@ -68,12 +69,24 @@ def _part(piece: str, text: str) -> CachePolicy:
     return PARTS[name](**_bind(name, arguments or ""))
 
 
+def _split(text: str, separator: str) -> list[str]:
+    """``text.split(separator)``, but for what stands in brackets."""
+    pieces, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == separator and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return pieces
+
+
 def _bind(name: str, arguments: str) -> dict:
     parameters = inspect.signature(PARTS[name]).parameters
     order, bound = list(parameters), {}
-    for i, item in enumerate(a.strip() for a in arguments.split(",") if arguments.strip()):
+    for i, item in enumerate(a.strip() for a in _split(arguments, ",") if arguments.strip()):
         key, equals, value = (s.strip() for s in item.partition("="))
-        if not equals:
+        if not equals or "(" in key:
             key, value = (order[i] if i < len(order) else None), item
         if key not in parameters or key in bound:
             raise ValueError(f"{name} does not take {item!r}; it is {name}{_arguments(PARTS[name]) or ' without arguments'}")

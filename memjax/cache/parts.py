@@ -10,6 +10,7 @@ from memjax.quantize import (
     NVFP4,
     Fp8,
     FrontEnd,
+    Gear,
     Int2,
     Int4,
     Int8,
@@ -96,6 +97,21 @@ def kvarn(
 ) -> CachePolicy:
     """KVarN, see ``memjax.quantize.kvarn``."""
     return _coded(KVarN(key_bits, value_bits, tile, iterations), centre, balance, calibration)
+
+
+def gear(base: str | CachePolicy = "int4", rank: int = 4) -> CachePolicy:
+    """A low-rank correction of what ``base`` loses, see ``memjax.quantize.gear``; the front end is the base's.
+
+    Raises:
+      ValueError: a base that says more than a codec, or none that can be corrected.
+    """
+    if not isinstance(base, CachePolicy):
+        from memjax.cache.parse import policy  # which knows all parts, this one too
+
+        base = policy(base)
+    if base != CachePolicy(codec=base.codec, front=base.front):
+        raise ValueError(f"gear corrects a codec such as int4 and nothing else, got {base}; chain the rest behind it")
+    return CachePolicy(codec=Gear(base.codec, rank), front=base.front)
 
 
 def streaming(sinks: int = 4, window: int = 1020, positions: str = "cache") -> CachePolicy:

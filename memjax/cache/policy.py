@@ -100,6 +100,11 @@ class CachePolicy:
         """Raises ValueError if this policy cannot serve ``spec``, with the reason."""
         self.codec.validate(spec.coded_dim)
         self.resolved_front().resolved(spec)
+        if self.codec.two_streams and spec.latent_dim is not None:
+            raise ValueError(
+                f"{self}: {self.codec.name} stores two streams, of which a latent stream's rotary part is one already; use a "
+                "codec of one stream"
+            )
         if self.codec.tile > 1 and self.tier is not None:
             raise ValueError(f"{self}: {self.codec.name} codes tiles of tokens, which the host tier cannot move yet")
         moves_positions = self.evictor is not None and self.evictor.positions == "cache" and self.evictor.sinks > 0
@@ -198,7 +203,10 @@ def _part_string(part, front: FrontEnd | None) -> str:
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         text = str(value).lower() if isinstance(value, bool) else str(value)
-        if isinstance(value, int) and not isinstance(value, bool) and positional:
+        if isinstance(value, KeyValueCodec):  # a codec around another, which the front end then belongs to
+            leading.append(_part_string(value, front))
+            front = None
+        elif isinstance(value, int) and not isinstance(value, bool) and positional:
             leading.append(text)
         else:
             positional = False
