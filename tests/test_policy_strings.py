@@ -18,7 +18,7 @@ from memjax.quantize.front import BALANCES, CENTRES
 from memjax.quantize.turboquant import GRIDS, ROTATIONS, SCALES
 
 count = st.integers(0, 5000)
-bits = st.integers(2, 4)
+bits = st.sampled_from([2, 2.5, 3, 3.5, 4])
 codecs = st.one_of(
     st.just(Dense()),
     st.builds(Int8, st.booleans()),

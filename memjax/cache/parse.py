@@ -90,8 +90,12 @@ def _bind(name: str, arguments: str) -> dict:
             key, value = (order[i] if i < len(order) else None), item
         if key not in parameters or key in bound:
             raise ValueError(f"{name} does not take {item!r}; it is {name}{_arguments(PARTS[name]) or ' without arguments'}")
-        bound[key] = _value(name, key, value, type(parameters[key].default))
+        bound[key] = _value(name, key, value, _kind(parameters[key]))
     return bound
+
+
+def _kind(parameter: inspect.Parameter) -> type:
+    return float if parameter.annotation == "float" else type(parameter.default)
 
 
 def _value(name: str, key: str, text: str, kind: type):
@@ -101,7 +105,8 @@ def _value(name: str, key: str, text: str, kind: type):
         return text.lower() == "true"
     if kind is not bool:
         try:
-            return kind(text)
+            number = kind(text)
+            return int(number) if number.is_integer() else number
         except ValueError:
             pass
     wanted = "true or false" if kind is bool else f"a number ({kind.__name__})"

@@ -66,8 +66,8 @@ def nvfp4(centre: str = "none", balance: str = "off", calibration: str = "") -> 
 
 
 def turboquant(
-    key_bits: int = 4,
-    value_bits: int = 4,
+    key_bits: float = 4,
+    value_bits: float = 4,
     scale: str = "search",
     grid: str = "lloyd",
     rotation: str = "hadamard",
@@ -75,7 +75,10 @@ def turboquant(
     balance: str = "auto",
     calibration: str = "",
 ) -> CachePolicy:
-    """TurboQuant, see ``memjax.quantize.turboquant``; with ``centre=none, balance=off, scale=norm`` the paper's own."""
+    """TurboQuant, see ``memjax.quantize.turboquant``; with ``centre=none, balance=off, scale=norm`` the paper's own.
+
+    Bits are 2, 3, 4, or 2.5 and 3.5 by a split of the channels (``memjax.quantize.channel_split``).
+    """
     return _coded(TurboQuant(key_bits, value_bits, scale, grid, rotation), centre, balance, calibration)
 
 

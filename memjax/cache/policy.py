@@ -206,7 +206,7 @@ def _part_string(part, front: FrontEnd | None) -> str:
         if isinstance(value, KeyValueCodec):  # a codec around another, which the front end then belongs to
             leading.append(_part_string(value, front))
             front = None
-        elif isinstance(value, int) and not isinstance(value, bool) and positional:
+        elif isinstance(value, int | float) and not isinstance(value, bool) and positional:
             leading.append(text)
         else:
             positional = False

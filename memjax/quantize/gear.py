@@ -9,11 +9,12 @@ queries are P' q and whose outputs are multiplied with P once. Whatever reads th
 stream is a second reading of the keys.
 
 P spans the largest principal directions of the base's error on a row's first tokens, all those that are there when the first
-of them enters the history (the sinks apart), per kv head, found by subspace iteration from a fixed start. It is orthonormal, so
-that no token's error is larger than the base's, at any rank, and at rank H it is the rounding of a.
+of them enters the history (the sinks apart), per kv head, found by subspace iteration from a fixed start. It is orthonormal,
+so that no token's error is larger than the base's, at any rank, and at rank H it is the rounding of a.
 
 Layout: the base's codes and a [B, K, r, S] in the cache's dtype, 2 r bytes per token, kv head and stream in bfloat16: 16 r / H
-bits per value beside the base's, 1 at head_dim 64 and rank 4. P float32 [B, K, H, r] once per row, in the front end's basis.
+bits per value beside the base's, 1 at head_dim 64 and rank 4. P float32 [B, K, H, r], kept once per row in the front end's
+basis.
 
 Deviations: P is measured once and then frozen, where the paper factorises every block of tokens anew: a block's own P would
 be another query for every block, which no kernel reads. The paper's third part, the outliers of every vector kept exactly in
