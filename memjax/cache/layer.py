@@ -408,8 +408,10 @@ def _recent(cache: LayerCache, position: Int[Array, "B T"]) -> Segment:
 
 
 def _at_hand(cache: LayerCache) -> tuple[Segment, Array, Array]:
-    """All tokens of rows whose history is empty, the sinks apart: in text order, their positions [B, 1, T], and whether
-    they are there; whole tiles of them, as they are or will be encoded."""
+    """Whole tiles of all tokens of rows whose history is empty, the sinks apart, as they are or will be encoded.
+
+    In text order, with their positions [B, 1, T] and whether they are there.
+    """
     place = cache.layout
     size = -(-(place.tail + cache.staged.slots) // place.tile) * place.tile
     order = jnp.arange(size, dtype=jnp.int32)

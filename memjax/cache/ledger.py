@@ -123,8 +123,10 @@ def _predict_attention(policy: CachePolicy, spec: CacheSpec) -> Bytes:
 
 
 def _basis_numbers(policy: CachePolicy, spec: CacheSpec) -> int:
-    """Numbers that the front end keeps: means and factors of each row, or one set of means and matrices from a file; and what
-    the codec measures."""
+    """Numbers that the front end and the codec keep.
+
+    Means and factors of each row, or one set of means and matrices from a file; and what the codec measures itself.
+    """
     front, streams = policy.resolved_front(), 1 if spec.latent_dim else 2
     means = spec.kv_heads * spec.coded_dim
     shapes = [each.fit_shape(spec.coded_dim) for each in (policy.codec.keys, policy.codec.values)]

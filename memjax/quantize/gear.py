@@ -6,7 +6,7 @@
 
 so that attention reads two streams and nothing is ever put together: the base's codes, and r dense numbers per token whose
 queries are P' q and whose outputs are multiplied with P once. Whatever reads the base's codes reads them. The values' second
-stream is a second reading of the keys.
+stream is a second reading of the keys. Rank 1 is too narrow for the TPU kernels and left to the plain path.
 
 P spans the largest principal directions of the base's error on a row's first tokens, all those that are there when the first
 of them enters the history (the sinks apart), per kv head, found by subspace iteration from a fixed start. It is orthonormal,
