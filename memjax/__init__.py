@@ -26,6 +26,7 @@ _NAMES = {
         "dense",
         "fp8",
         "h2o",
+        "gear",
         "host",
         "int2",
         "int4",

@@ -36,6 +36,8 @@ def why_not(on: Target, arguments: dict) -> str | None:
             continue
         if codes.fmt == "dense" and codes.data.dtype not in (jnp.bfloat16, jnp.float32):
             return f"{name} are {codes.data.dtype}; TPU kernels read bfloat16 or float32"
+        if codes.dim == 1:
+            return f"{name} have 1 channel; the kernel's tiles have at least 2 rows"
         if generation == "v4" and codes.fmt in ("int2", "e4m3", "e5m2"):
             return f"{name} are {codes.fmt}, a type that TPU v4 lacks"
         if codes.fmt == "int3" and codes.dim % 32:

@@ -18,6 +18,7 @@ from memjax.quantize import (
     Codec,
     Dense,
     Fp8,
+    Gear,
     Int2,
     Int4,
     Int8,
@@ -84,6 +85,7 @@ ROWS = [
     Row("kvarn(4,4,8)+protect(2,4)", KVarN(4, 4, 8), 2, 4, atol=1e-3, bound=INT4),
     Row("progressive(refine=1.0,page=8,share=0.0)+protect(2,8)", Progressive(1.0, 8, 0.0), 2, 8, bound=0.9),
     Row("streaming(4,20)+progressive(refine=1.0,page=8,share=0.0)+protect(4,6)", Progressive(1.0, 8, 0.0), 4, 6, (4, 20)),
+    Row("gear(int4,16)+protect(2,8)", Gear(Int4(), 16), 2, 8),  # of full rank: nothing is lost
     Row("streaming(4,20)+kivi(4,8)+protect(4,6)", Kivi(4, 8), 4, 6, (4, 20), bound=INT4),
     Row("streaming(4,16)", evict=(4, 16)),
     Row("streaming(4,16,positions=text)", evict=(4, 16), text_positions=True),
@@ -93,6 +95,7 @@ ROWS = [
     Row("streaming(2,16)+protect(6,32)", Dense(), 6, 16, (6, 16)),
     Row("host(8,4)"),
     Row("int8+protect(2,8)+host(8,4)", Int8(), 2, 8, bound=INT8),
+    Row("streaming(4,24)+gear(int4,16)+protect(2,8)+host(8,4)", Gear(Int4(), 16), 4, 8, (4, 24)),
     Row("streaming(4,24)+int4+protect(2,8)+host(8,4)", Int4(), 4, 8, (4, 24), bound=INT4),
 ]
 row_id = "{0.text}".format

@@ -19,6 +19,7 @@ CASES = {
     "on the host": ("int8+protect(2,8)+host(8,16)", SPEC),
     "refining": ("progressive(refine=1.0)+protect(2,8)", SPEC),
     "latent": ("int8+protect(2,8)", LATENT),
+    "corrected": ("gear(int4(rotate=true),4)+protect(2,8)", SPEC),
 }
 
 

@@ -13,12 +13,12 @@ from memjax.cache.parse import PARTS, signatures
 from memjax.cache.policy import CachePolicy, LayerwisePolicy, Windows
 from memjax.evict import Streaming
 from memjax.offload import HostTier
-from memjax.quantize import NF4, NVFP4, Auto, Dense, Fp8, FrontEnd, Int2, Int4, Int8, Kivi, KVarN, TurboQuant
+from memjax.quantize import NF4, NVFP4, Auto, Dense, Fp8, FrontEnd, Gear, Int2, Int4, Int8, Kivi, KVarN, TurboQuant
 from memjax.quantize.front import BALANCES, CENTRES
 from memjax.quantize.turboquant import GRIDS, ROTATIONS, SCALES
 
 count = st.integers(0, 5000)
-bits = st.integers(2, 4)
+bits = st.sampled_from([2, 2.5, 3, 3.5, 4])
 codecs = st.one_of(
     st.just(Dense()),
     st.builds(Int8, st.booleans()),
@@ -28,6 +28,7 @@ codecs = st.one_of(
     st.sampled_from([NF4(), NVFP4(), Kivi(4, 64), KVarN(2, 2)]),
     st.builds(Auto, st.floats(0.5, 16), file=st.sampled_from(["", "my/table.json"])),
     st.builds(Auto, bytes=st.integers(1, 2**40)),
+    st.builds(Gear, st.sampled_from([Int4(True), Kivi(2, 32), TurboQuant(3, 2)]), st.integers(1, 64)),
     st.builds(TurboQuant, bits, bits, st.sampled_from(SCALES), st.sampled_from(GRIDS), st.sampled_from(ROTATIONS)),
 )
 fronts = st.builds(FrontEnd, st.sampled_from(CENTRES), st.sampled_from(BALANCES)) | st.just(FrontEnd(calibration="my/file"))
@@ -104,6 +105,9 @@ WRONG = {
     "int4+snapcache(1024)": "unknown policy 'snapcache'",
     "int4(": "cannot read 'int4('",
     "int4++int8": "cannot read '' in policy 'int4++int8'",
+    "gear(int4+protect,2)": "gear corrects a codec such as int4 and nothing else",
+    "gear(int4,two)": "gear needs rank to be a number (int), got 'two'",
+    "gear(int4(rotate=true,4)": "cannot read 'gear(int4(rotate=true,4)'",
     "int4,int8": "cannot read 'int4,int8'",
     "int4(bits=3)": "int4 does not take 'bits=3'; it is int4(rotate=false, centre=none",
     "dense(3)": "dense does not take '3'; it is dense without arguments",

@@ -267,6 +267,7 @@ REFUSED = {
     "tiles over both axes": ("TPU v6 lite", Case("int2", slots=320, values={"tile": 32})),
     "keys have scales [64, 10] for [64, 320] values": ("TPU v6 lite", Case(slots=320, keys={"tile": 32}, latent=32)),
     "int3 of 80 channels": ("TPU v6 lite", Case("int3", dim=80)),
+    "extra keys have 1 channel": ("TPU v6 lite", Case("int8", latent=1)),
     "scales and gains per channel": ("TPU v6 lite", Case(slots=320, keys={"tile": 32, "gain": 32})),
     "factors per group of channels beside": ("TPU v6 lite", Case(slots=320, keys={"groups": 2, "gain": 32})),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,14 @@ from jaxtyping import Array, Float, Int
 
 from memjax.attention.progressive import progressive_attention
 from memjax.attention.rope import Rope, apply_rope
-from memjax.cache.layer import LayerCache, Segment, bare, leaving_count, staged_positions
+from memjax.cache.layer import LayerCache, Segment, bare, fitted, leaving_count, staged_positions
 from memjax.offload import pool
 from memjax.pallas_kernels.decode import Centre, decode
 from memjax.pallas_kernels.merge import merge, probability_mass
 from memjax.pallas_kernels.prefill import prefill
 from memjax.pallas_kernels.slots import FREE, Positions, Span
 from memjax.pallas_kernels.slots import positions as as_array
+from memjax.quantize.codec import CodePair
 from memjax.quantize.front import centre_term, prepare_queries, restore_outputs
 
 DECODE_TOKENS = 8  # with more new tokens than these, kernels work on blocks of query rows
@@ -151,11 +153,13 @@ class _Reader:
           keep: the name by which logits are kept for scores, if any are wanted.
           paging: a page table, and what goes with it.
         """
-        coded = self.spec.coded_dim
+        k, extra, coded = segment.k, segment.extra, self.spec.coded_dim
+        if isinstance(k, CodePair):  # the second stream is read as the rotary part of a latent stream is
+            k, extra, coded = k.first, k.second, k.first.dim
         arguments = {
             "k_pos": k_pos,
-            "q_extra": q[..., coded:] if self.spec.extra_dim else None,
-            "k_extra": segment.extra,
+            "q_extra": None if extra is None else q[..., coded:],
+            "k_extra": extra,
             "scale": self.spec.attention_scale,
             "softcap": self.spec.softcap,
             "window": self.spec.window,
@@ -165,13 +169,16 @@ class _Reader:
         }
         q = q[..., :coded]
         if self.in_blocks and q_pos is None and centre is None:
-            start = self.positions[:, 0]
-            return prefill(q, segment.k, segment.v, q_start=start, groups=self.groups, **arguments)
-        q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
-        if not (keep and self.keeps_logits):
-            return decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, **arguments, **paging)
-        out, lse, self.logits[keep] = decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, logits=True, **arguments)
-        return out, lse
+            read = functools.partial(prefill, q, k, q_start=self.positions[:, 0], groups=self.groups, **arguments)
+        else:
+            q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
+            read = functools.partial(decode, q, k, q_pos=q_pos, centre=centre, **arguments, **paging)
+        first, second = (segment.v.first, segment.v.second) if isinstance(segment.v, CodePair) else (segment.v, None)
+        if keep and self.keeps_logits:
+            out, lse, self.logits[keep] = read(v=first, logits=True)
+        else:
+            out, lse = read(v=first)
+        return (out if second is None else jnp.concatenate([out, read(v=second)[0]], axis=-1)), lse
 
     def observe(self, implementation: str) -> None:
         """Fills ``logits``, for scores alone."""
@@ -240,9 +247,10 @@ class _Reader:
 
     def history_parts(self, others: list):
         """The coded history, in the codec's basis, and the older part of it in host memory; ``others``: parts found before."""
-        cache, codec, coded, basis = self.cache, self.cache.policy.codec, self.spec.coded_dim, self.cache.basis
+        cache, coded, basis = self.cache, self.spec.coded_dim, self.cache.basis
+        keys, values = fitted(cache.policy.codec, basis)
         centre = centre_term(basis, self.q[..., :coded], self.spec)
-        prepared = codec.keys.into_basis(prepare_queries(basis, self.q[..., :coded]))
+        prepared = keys.into_basis(prepare_queries(basis, self.q[..., :coded]))
         q = jnp.concatenate([prepared, self.q[..., coded:]], axis=-1)
         if cache.refined is not None and self.positions.shape[1] <= DECODE_TOKENS:
             parts = [self._progressive_part(q, centre, others)]
@@ -253,7 +261,7 @@ class _Reader:
             parts.append(self._attend(q, cache.rest, cache.rest.pos, self.kernels, centre=centre))
         if cache.host is not None:
             parts.append(self._host_part(q, centre))
-        values = codec.keys if self.spec.latent_dim else codec.values
+        values = keys if self.spec.latent_dim else values
         return [(restore_outputs(basis, values.out_of_basis(out), lse, self.spec), lse) for out, lse in parts]
 
     def _progressive_part(self, q: Array, centre: Centre | None, others: list):

@@ -32,7 +32,7 @@ from memjax.offload import pool
 from memjax.pallas_kernels.codes import Codes, dense
 from memjax.pallas_kernels.slots import FREE
 from memjax.quantize.calibration import load_basis
-from memjax.quantize.codec import Dense, KeyValueCodec
+from memjax.quantize.codec import Codec, CodePair, Dense, KeyValueCodec
 from memjax.quantize.front import Basis, empty_basis, measure, observe, prepare_keys, prepare_values, restore_keys
 
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 class Segment:
     """Key and value codes [B, K, C, S]; ``v`` is None for a latent stream, ``extra`` its dense rotary part.
 
-    ``pos`` int32 [B, K, S] is stored where slots and positions have come apart (-1: free), else None; ``score`` float32
-    [B, K, S] where the policy judges tokens.
+    Codes of a history may come in pairs. ``pos`` int32 [B, K, S] is stored where slots and positions have come apart (-1:
+    free), else None; ``score`` float32 [B, K, S] where the policy judges tokens.
     """
 
-    k: Codes
-    v: Codes | None
+    k: Codes | CodePair
+    v: Codes | CodePair | None
     extra: Codes | None
     pos: Array | None = None
     score: Array | None = None
@@ -154,9 +154,13 @@ def init_counters(policy: CachePolicy, spec: CacheSpec) -> Array | None:
 
 
 def init_basis(policy: CachePolicy, spec: CacheSpec, layer: int) -> Basis | None:
-    """What the codec's front end starts from: nothing measured yet, or a calibration file."""
-    front = policy.resolved_front()
-    return load_basis(front.calibration, spec, layer) if front.calibration else empty_basis(front, spec)
+    """What the codec and its front end start from: nothing measured yet, or a calibration file."""
+    front, codec, lead = policy.resolved_front(), policy.codec, (spec.batch, spec.kv_heads)
+    basis = load_basis(front.calibration, spec, layer) if front.calibration else empty_basis(front, spec)
+    fits = {"k_fit": codec.keys.unfitted(lead, spec.coded_dim), "v_fit": codec.values.unfitted(lead, spec.value_dim)}
+    if all(fit is None for fit in fits.values()):
+        return basis
+    return dataclasses.replace(basis or Basis(None, None, None, None, None), **fits)
 
 
 def update(
@@ -206,7 +210,7 @@ def update(
         score=jnp.zeros((spec.batch, spec.kv_heads, k.shape[-1]), jnp.float32) if cache.layout.observer else None,
     )
     cache = dataclasses.replace(cache, staged=staged, staged_count=count)
-    if cache.basis is None or cache.policy.resolved_front().calibration:
+    if cache.basis is None:
         return cache
     return _measured(cache, queries, output_projection)
 
@@ -214,7 +218,9 @@ def update(
 def _measured(cache: LayerCache, queries: Array | None, output_projection: Array | None) -> LayerCache:
     """The cache with the basis of rows whose first token leaves for the history with what is staged now."""
     spec, basis, place = cache.spec, cache.basis, cache.layout
-    tokens = cache.staged.slots
+    tokens, calibrated = cache.staged.slots, bool(cache.policy.resolved_front().calibration)
+    if calibrated and basis.k_fit is None and basis.v_fit is None:
+        return cache
     if queries is not None:
         at = staged_positions(cache, tokens)
         if isinstance(spec.rope, Rope):
@@ -223,6 +229,11 @@ def _measured(cache: LayerCache, queries: Array | None, output_projection: Array
     first = (cache.written == 0) & (leaving_count(cache) > 0)
 
     def measured(basis: Basis) -> Basis:
+        new = basis if calibrated else by_front(basis)
+        new = fit_codec(new, cache.policy.codec, *_at_hand(cache), spec)
+        return jax.tree.map(lambda a, b: a if a is b else jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, basis)
+
+    def by_front(basis: Basis) -> Basis:
         staged, position = _cast(cache.staged, jnp.float32), staged_positions(cache, tokens)
         real = position - cache.length[:, None] < cache.staged_count[:, None]
         if cache.tail is not None:  # nothing has left it yet: slot j holds token sinks + something that is j modulo the tail
@@ -233,8 +244,7 @@ def _measured(cache: LayerCache, queries: Array | None, output_projection: Array
             real = jnp.concatenate([held < cache.length[:, None], real], axis=-1)
         real &= position >= place.sinks
         v = None if staged.v is None else staged.v.data
-        new = measure(basis, staged.k.data, v, position[:, None], real[:, None], spec, output_projection)
-        return jax.tree.map(lambda a, b: jnp.where(first[:, None, None], a, b), new, basis)
+        return measure(basis, staged.k.data, v, position[:, None], real[:, None], spec, output_projection)
 
     return dataclasses.replace(cache, basis=jax.lax.cond(jnp.any(first), measured, lambda basis: basis, basis))
 
@@ -377,7 +387,7 @@ def _admitted(cache: LayerCache, stored: Segment, exact: Segment, position: Arra
     new = dataclasses.replace(stored, pos=at, score=exact.score if score is None else score)
 
     def keys() -> Array:
-        coded = cache.policy.codec.keys.decode(history.k)
+        coded = fitted(cache.policy.codec, cache.basis)[0].decode(history.k)
         held = restore_keys(cache.basis, coded, jnp.maximum(history.pos, 0), spec)
         return jnp.concatenate([held, exact.k.data.astype(jnp.float32)], axis=-1)
 
@@ -414,13 +424,33 @@ def encode_in_two(
 
 def encode(block: Segment, position: Array, codec: KeyValueCodec, basis: Basis | None, spec: CacheSpec) -> Segment:
     """Codes of a dense block of tokens at ``position`` [B, 1|K, T]."""
+    keys, values = fitted(codec, basis)
     k = prepare_keys(basis, block.k.data, position, spec)
     v = None if block.v is None else prepare_values(basis, block.v.data)
     return Segment(
-        k=codec.keys.encode(k, spec.dtype),
-        v=None if v is None else codec.values.encode(v, spec.dtype),
+        k=keys.encode(k, spec.dtype),
+        v=None if v is None else values.encode(v, spec.dtype),
         extra=None if block.extra is None else dense(block.extra.data, spec.dtype),
     )
+
+
+def fitted(codec: KeyValueCodec, basis: Basis | None) -> tuple[Codec, Codec]:
+    """The codecs of keys and values with what they have measured."""
+    if basis is None:
+        return codec.keys, codec.values
+    return codec.keys.fitted(basis.k_fit), codec.values.fitted(basis.v_fit)
+
+
+def fit_codec(
+    basis: Basis, codec: KeyValueCodec, block: Segment, position: Array, real: Array, spec: CacheSpec
+) -> Basis:
+    """The basis with what the codec measures on a dense block of tokens at ``position`` [B, 1|K, T]."""
+    k_fit, v_fit = basis.k_fit, basis.v_fit
+    if k_fit is not None:
+        k_fit = codec.keys.fit(prepare_keys(basis, block.k.data, position, spec), real)
+    if v_fit is not None:
+        v_fit = codec.values.fit(prepare_values(basis, block.v.data), real)
+    return dataclasses.replace(basis, k_fit=k_fit, v_fit=v_fit)
 
 
 def _source(written: Array, written_after: Array, place: Layout) -> Int[Array, "B S"]:
@@ -455,16 +485,32 @@ def _leaving(cache: LayerCache) -> tuple[Segment, Array, Array]:
     position = first[:, None] + jnp.arange(size, dtype=jnp.int32)
     if place.sinks == 0 and place.tail == 0:
         return staged, position, count
-    if cache.tail is None:
-        source, offset = staged, position - start[:, None]
-    elif staged.slots <= place.kept:  # what leaves has been in the tail
-        source, offset = _cast(cache.tail, staged.k.data.dtype), position % place.tail
-    else:
-        tail = _cast(cache.tail, staged.k.data.dtype)
-        source = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), tail, staged)
-        offset = position - start[:, None]
+    if cache.tail is not None and staged.slots <= place.kept:  # what leaves has been in the tail
+        return take(_cast(cache.tail, staged.k.data.dtype), position % place.tail), position, count
+    return _recent(cache, position), position, count
+
+
+def _recent(cache: LayerCache, position: Int[Array, "B T"]) -> Segment:
+    """Tokens at ``position`` that are in the tail or staged; anything where there is none."""
+    source, offset, place = cache.staged, position - cache.length[:, None], cache.layout
+    if cache.tail is not None:
+        tail = _cast(cache.tail, source.k.data.dtype)
+        source = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), tail, source)
         offset = jnp.where(offset < 0, position % place.tail, offset + place.tail)
-    return take(source, jnp.clip(offset, 0, source.slots - 1)), position, count
+    return take(source, jnp.clip(offset, 0, source.slots - 1))
+
+
+def _at_hand(cache: LayerCache) -> tuple[Segment, Array, Array]:
+    """Whole tiles of all tokens of rows whose history is empty, the sinks apart, as they are or will be encoded.
+
+    In text order, with their positions [B, 1, T] and whether they are there.
+    """
+    place = cache.layout
+    size = -(-(place.tail + cache.staged.slots) // place.tile) * place.tile
+    order = jnp.arange(size, dtype=jnp.int32)
+    position = jnp.broadcast_to(place.sinks + order, (cache.spec.batch, size))
+    count = (cache.length + cache.staged_count - place.sinks) // place.tile * place.tile
+    return _cast(_recent(cache, position), jnp.float32), position[:, None], (order < count[:, None])[:, None]
 
 
 def _cast(segment: Segment, dtype: DTypeLike) -> Segment:

@@ -23,6 +23,7 @@ _NAMES = (
     "zipcache",
     "auto",
     "progressive",
+    "gear",
     "streaming",
     "h2o",
     "tova",
@@ -35,7 +36,7 @@ _NAMES = (
     "kernels",
 )
 PARTS: dict[str, Callable[..., CachePolicy]] = {name: getattr(parts, name) for name in _NAMES}
-_PART = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
+_PART = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(((?:[^()]|\([^()]*\))*)\))?\s*")
 
 
 def policy(text: str) -> CachePolicy:
@@ -50,7 +51,7 @@ def policy(text: str) -> CachePolicy:
     """
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a policy is a text such as 'streaming(4,1020)+int4', got {text!r}")
-    return chain(*(_part(piece, text) for piece in text.split("+")))
+    return chain(*(_part(piece, text) for piece in _split(text, "+")))
 
 
 def signatures() -> dict[str, str]:
@@ -77,17 +78,33 @@ def _part(piece: str, text: str) -> CachePolicy:
     return PARTS[name](**_bind(name, arguments or ""))
 
 
+def _split(text: str, separator: str) -> list[str]:
+    """``text.split(separator)``, but for what stands in brackets."""
+    pieces, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == separator and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return pieces
+
+
 def _bind(name: str, arguments: str) -> dict:
     parameters = inspect.signature(PARTS[name]).parameters
     order, bound = list(parameters), {}
-    for i, item in enumerate(a.strip() for a in arguments.split(",") if arguments.strip()):
+    for i, item in enumerate(a.strip() for a in _split(arguments, ",") if arguments.strip()):
         key, equals, value = (s.strip() for s in item.partition("="))
-        if not equals:
+        if not equals or "(" in key:
             key, value = (order[i] if i < len(order) else None), item
         if key not in parameters or key in bound:
             raise ValueError(f"{name} does not take {item!r}; it is {name}{_arguments(PARTS[name]) or ' without arguments'}")
-        bound[key] = _value(name, key, value, type(parameters[key].default))
+        bound[key] = _value(name, key, value, _kind(parameters[key]))
     return bound
+
+
+def _kind(parameter: inspect.Parameter) -> type:
+    return float if parameter.annotation == "float" else type(parameter.default)
 
 
 def _value(name: str, key: str, text: str, kind: type):
@@ -97,7 +114,8 @@ def _value(name: str, key: str, text: str, kind: type):
         return text.lower() == "true"
     if kind is not bool:
         try:
-            return kind(text)
+            number = kind(text)
+            return int(number) if number.is_integer() else number
         except ValueError:
             pass
     wanted = "true or false" if kind is bool else f"a number ({kind.__name__})"

@@ -11,6 +11,7 @@ from memjax.quantize import (
     Auto,
     Fp8,
     FrontEnd,
+    Gear,
     Int2,
     Int4,
     Int8,
@@ -69,8 +70,8 @@ def nvfp4(centre: str = "none", balance: str = "off", calibration: str = "") -> 
 
 
 def turboquant(
-    key_bits: int = 4,
-    value_bits: int = 4,
+    key_bits: float = 4,
+    value_bits: float = 4,
     scale: str = "search",
     grid: str = "lloyd",
     rotation: str = "hadamard",
@@ -78,7 +79,10 @@ def turboquant(
     balance: str = "auto",
     calibration: str = "",
 ) -> CachePolicy:
-    """TurboQuant, see ``memjax.quantize.turboquant``; with ``centre=none, balance=off, scale=norm`` the paper's own."""
+    """TurboQuant, see ``memjax.quantize.turboquant``; with ``centre=none, balance=off, scale=norm`` the paper's own.
+
+    Bits are 2, 3, 4, or 2.5 and 3.5 by a split of the channels (``memjax.quantize.channel_split``).
+    """
     return _coded(TurboQuant(key_bits, value_bits, scale, grid, rotation), centre, balance, calibration)
 
 
@@ -176,6 +180,21 @@ def progressive(
 ) -> CachePolicy:
     """Nested 2 + 1-bit codes, read in full where it matters; see ``memjax.quantize.progressive``."""
     return _coded(Progressive(refine, page, share, margin), centre, balance, calibration)
+
+
+def gear(base: str | CachePolicy = "int4", rank: int = 4) -> CachePolicy:
+    """A low-rank correction of what ``base`` loses, see ``memjax.quantize.gear``; the front end is the base's.
+
+    Raises:
+      ValueError: a base that says more than a codec, or none that can be corrected.
+    """
+    if not isinstance(base, CachePolicy):
+        from memjax.cache.parse import policy  # which knows all parts, this one too
+
+        base = policy(base)
+    if base != CachePolicy(codec=base.codec, front=base.front):
+        raise ValueError(f"gear corrects a codec such as int4 and nothing else, got {base}; chain the rest behind it")
+    return CachePolicy(codec=Gear(base.codec, rank), front=base.front)
 
 
 def streaming(sinks: int = 4, window: int = 1020, positions: str = "cache") -> CachePolicy:

@@ -116,6 +116,11 @@ class CachePolicy:
         """Raises ValueError if this policy cannot serve ``spec``, with the reason."""
         self.codec.validate(spec.coded_dim)
         self.resolved_front().resolved(spec)
+        if self.codec.two_streams and spec.latent_dim is not None:
+            raise ValueError(
+                f"{self}: {self.codec.name} stores two streams, of which a latent stream's rotary part is one already; use a "
+                "codec of one stream"
+            )
         if self.codec.tile > 1 and self.tier is not None:
             raise ValueError(f"{self}: {self.codec.name} codes tiles of tokens, which the host tier cannot move yet")
         if self.codec.page > 1 and self.tier is not None:
@@ -232,9 +237,14 @@ def _part_string(part, front: FrontEnd | None) -> str:
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         text = str(value).lower() if isinstance(value, bool) else str(value)
-        if field.metadata.get("unset") == value:
+        if isinstance(value, KeyValueCodec):  # a codec around another, which the front end then belongs to
+            leading.append(_part_string(value, front))
+            front = None
+        elif field.metadata.get("unset") == value or isinstance(field.default, float | bool):
             positional = False
-        elif isinstance(value, int) and not isinstance(value, bool) and positional:
+            if value != field.default:
+                keyword.append(f"{field.name}={text}")
+        elif isinstance(value, int | float) and positional:
             leading.append(text)
         else:
             positional = False

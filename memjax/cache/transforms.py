@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from memjax.attention.attend import history_positions, host_positions
-from memjax.cache.layer import LayerCache, commit, encode, init_basis, init_counters
+from memjax.cache.layer import LayerCache, commit, encode, fit_codec, init_basis, init_counters
 from memjax.cache.policy import CachePolicy, ModelCache
 from memjax.cache.recurrent import RecurrentCache
 from memjax.cache.slots import pad, take
@@ -62,6 +62,8 @@ def _quantize(cache: LayerCache, index: int, codec: KeyValueCodec, front: FrontE
     if basis is not None and not policy.resolved_front().calibration:
         v = None if whole.v is None else whole.v.data
         basis = measure(basis, whole.k.data, v, at, at >= 0, spec, None)
+    if basis is not None:
+        basis = fit_codec(basis, codec, whole, at, at >= 0, spec)
     history = encode(cache.history, position, codec, basis, spec)
     history, host = dataclasses.replace(history, pos=cache.history.pos), None
     if cache.host is not None:

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from memjax.cache.parse import policy as parse
 from memjax.evaluate.compare import Row
-from memjax.pallas_kernels.codes import BITS
 
 _SMALLEST_KLD = 1e-7  # what float32 can tell from zero; lower values are drawn here
 _COLOURS = ("#1f5fa8", "#c8682b", "#2c8a4a", "#b0303a", "#7a4fa3", "#7d5a45", "#c2519b", "#5c5c5c", "#7f7f12", "#138a99")
@@ -389,7 +388,7 @@ def codec_markdown(result: Mapping, setting: str) -> str:
         codec = parse(name).codec
         streams = (codec.keys, codec.values)
         realised = [sum(each.bits_per_value(dim) for each in streams) / 2 for dim in (64, 128)]
-        cells = [f"`{name}`", "/".join(f"{BITS[each.fmt]}" for each in streams), *(f"{bits:.4g}" for bits in realised)]
+        cells = [f"`{name}`", "/".join(f"{each.code_bits:g}" for each in streams), *(f"{bits:.4g}" for bits in realised)]
         for text in texts:
             (row,) = (row for row in rows if (row["name"], row["text"]) == (name, text))
             cells += [f"{row['kld_mean']:.2g} ({row['kld_low']:.2g} to {row['kld_high']:.2g})", f"{row['top1']:.3f}"]

@@ -5,6 +5,7 @@ from memjax.quantize.blocks import NF4, NVFP4
 from memjax.quantize.codec import Codec, Dense, KeyValueCodec
 from memjax.quantize.fp8 import Fp8
 from memjax.quantize.front import FrontEnd
+from memjax.quantize.gear import Gear
 from memjax.quantize.int2 import Int2
 from memjax.quantize.int4 import Int4
 from memjax.quantize.int8 import Int8
@@ -22,6 +23,7 @@ __all__ = [
     "Dense",
     "Fp8",
     "FrontEnd",
+    "Gear",
     "Int2",
     "Int4",
     "Int8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,12 +10,30 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from memjax.evict.observer import Observer
-from memjax.pallas_kernels.codes import Codes, absmax_encode, dense, nbytes_per_vector
+from memjax.pallas_kernels.codes import BITS, Codes, absmax_encode, dense, nbytes_per_vector
 from memjax.quantize.front import OFF, FrontEnd
 from memjax.quantize.hadamard import hadamard_matrix, rotate, unrotate
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["first", "second"], meta_fields=[])
+@dataclass(frozen=True)
+class CodePair:
+    """Vectors stored as two streams of codes, in the same slots.
+
+    In the codec's basis channels of the second lie behind those of the first: scores over both add up, and outputs are read
+    one stream after the other.
+    """
+
+    first: Codes
+    second: Codes
+
+    @property
+    def slots(self) -> int:
+        """Vectors along the last axis, S."""
+        return self.first.slots
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,11 @@ class KeyValueCodec:
         """Slots that are chosen and read together: the history has a multiple of them."""
         return 1
 
+    @property
+    def two_streams(self) -> bool:
+        """Whether keys or values are stored as a ``CodePair``."""
+        return self.keys.paired or self.values.paired
+
     def validate(self, dim: int) -> None:
         """Raises ValueError if vectors of ``dim`` values cannot be encoded."""
         for codec in (self.keys, self.values):
@@ -79,8 +103,11 @@ class Codec(KeyValueCodec):
 
     Attention reads the codes in the codec's own basis: queries go through ``into_basis`` once per step, outputs through
     ``out_of_basis``. Lossy codecs keep sinks and recent tokens dense unless the policy says otherwise.
+
+    A codec that measures something on a row's first tokens (``fit``) is given it back by ``fitted`` before it codes or reads.
     """
 
+    paired: ClassVar[bool] = False  # whether ``encode`` gives a ``CodePair``
     rotate: bool = False
 
     @property
@@ -99,6 +126,31 @@ class Codec(KeyValueCodec):
     def fmt(self) -> str:
         """The format of the codes (a key of ``pallas_kernels.codes``)."""
         return self.name
+
+    @property
+    def code_bits(self) -> float:
+        """Bits of a code, on average over the channels, without scales."""
+        return BITS[self.fmt]
+
+    def fit_shape(self, dim: int) -> tuple[int, ...] | None:
+        """Shape, per row and kv head, of what ``fit`` gives for vectors of ``dim`` values, 4 bytes a number; None: nothing."""
+        del dim
+        return None
+
+    def unfitted(self, lead: tuple[int, ...], dim: int) -> Array | None:
+        """What stands for a fit before anything is measured."""
+        del lead, dim
+        return None
+
+    def fit(self, x: Float[Array, "B K H T"], real: Bool[Array, "B 1|K T"]) -> Array | None:
+        """What the codec measures on a row's first tokens; tokens that are not real may hold anything."""
+        del x, real
+        return None
+
+    def fitted(self, fit: Array | None) -> Codec:
+        """This codec with what it has measured; only to code and to read with."""
+        del fit
+        return self
 
     def validate(self, dim: int) -> None:
         """Raises ValueError if vectors of ``dim`` values cannot be encoded."""

@@ -90,7 +90,7 @@ OFF = FrontEnd("none", "off")
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k_mean", "k_balance", "v_mean", "v_balance", "q_square", "k_inverse", "v_inverse"],
+    data_fields=["k_mean", "k_balance", "v_mean", "v_balance", "q_square", "k_inverse", "v_inverse", "k_fit", "v_fit"],
     meta_fields=["centre"],
 )
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class Basis:
       v_mean: means of the values; None for a latent stream, whose values are its keys.
       q_square: sums of squares of the queries seen so far; None if nothing is to be measured.
       k_inverse, v_inverse: the inverses of matrices; None for factors.
+      k_fit, v_fit: what the codec itself has measured, [B, K, ...] (``Codec.fit``); None for most.
     """
 
     k_mean: Array | None
@@ -113,6 +114,8 @@ class Basis:
     q_square: Array | None
     k_inverse: Array | None = None
     v_inverse: Array | None = None
+    k_fit: Array | None = None
+    v_fit: Array | None = None
     centre: str = "none"
 
 

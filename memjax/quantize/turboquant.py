@@ -19,8 +19,9 @@ KL divergence at 2 bits in the static setting is .27 then, and .22 with lengths 
 Realised bits per value: bits + 16 / H, that is 4.25, 3.25, 2.25 at head_dim 64 and 4.125, 3.125, 2.125 at 128.
 
 Deviations: the rotation is a signed Hadamard matrix (``dense`` is the paper's QR of a Gaussian); the codebook is that of the
-head dimension's exact law, rounded to integers (D + 0.08 % at most); no outlier channels apart; the scale is searched. At head
-dimensions that are not powers of two the Hadamard blocks mix fewer channels and the law is further from the codebook's.
+head dimension's exact law, rounded to integers (D + 0.08 % at most); the scale is searched; whole bits set no channels apart,
+2.5 and 3.5 do (``channel_split``). At head dimensions that are not powers of two the Hadamard blocks mix fewer channels and
+the law is further from the codebook's.
 
 ``prod_encode``, ``prod_decode``: the paper's TurboQuant_prod, MSE codes of b - 1 bits and a QJL sketch (arXiv 2406.03482) of
 the signs of the residual. Unbiased inner products, but with 5 times (iid sketch) or 2 times (orthogonal) the error of b MSE
@@ -40,6 +41,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
 from memjax.pallas_kernels.codes import SCALE_DTYPE, Codes, Grid, cubic, pack
+from memjax.quantize.channel_split import ChannelSplit
 from memjax.quantize.codebook import cubic_levels, int_table, lloyd_max, midpoints
 from memjax.quantize.codec import Codec, KeyValueCodec
 from memjax.quantize.front import FrontEnd
@@ -49,6 +51,7 @@ SCALES = ("norm", "matched", "unbiased", "least_squares", "search")
 GRIDS = ("lloyd", "cubic")
 ROTATIONS = ("hadamard", "dense", "none")
 BITS = (2, 3, 4)
+SPLIT_BITS = (2.5, 3.5)
 # Around 1, where most vectors have their best factor; a vector with a heavy tail wants less of its grid cut off.
 _FACTORS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2)
 
@@ -73,7 +76,10 @@ class Lloyd(Codec):
 
     def __post_init__(self):
         if self.bits not in BITS:
-            raise ValueError(f"TurboQuant codes have 2, 3 or 4 bits, got {self.bits}; no packed format holds others")
+            raise ValueError(
+                f"TurboQuant codes have 2, 3 or 4 bits, got {self.bits}; no packed format holds others (2.5 and 3.5 bits are "
+                "two of them, over a quarter and over the rest of the channels)"
+            )
         _one_of("scale", self.scale, SCALES)
         _one_of("grid", self.grid, GRIDS)
         _one_of("rotation", self.rotation, ROTATIONS)
@@ -175,7 +181,7 @@ class Lloyd(Codec):
 
 @dataclass(frozen=True)
 class TurboQuant(KeyValueCodec):
-    """Keys and values, each with its own bits; keys deserve more.
+    """Keys and values, each with its own bits; keys deserve more. 2.5 and 3.5 split the channels.
 
     >>> TurboQuant(4, 3).values
     Lloyd(bits=3, scale='search', grid='lloyd', rotation='hadamard')
@@ -183,8 +189,8 @@ class TurboQuant(KeyValueCodec):
 
     name: ClassVar[str] = "turboquant"
     front: ClassVar[FrontEnd] = FrontEnd()
-    key_bits: int = 4
-    value_bits: int = 4
+    key_bits: float = 4
+    value_bits: float = 4
     scale: str = "search"
     grid: str = "lloyd"
     rotation: str = "hadamard"
@@ -193,12 +199,20 @@ class TurboQuant(KeyValueCodec):
         _ = self.keys, self.values  # refuses what they refuse
 
     @property
-    def keys(self) -> Lloyd:
-        return Lloyd(self.key_bits, self.scale, self.grid, self.rotation)
+    def keys(self) -> Lloyd | ChannelSplit:
+        return self._stream(self.key_bits)
 
     @property
-    def values(self) -> Lloyd:
-        return Lloyd(self.value_bits, self.scale, self.grid, self.rotation)
+    def values(self) -> Lloyd | ChannelSplit:
+        return self._stream(self.value_bits)
+
+    def _stream(self, bits: float) -> Lloyd | ChannelSplit:
+        if bits not in SPLIT_BITS:
+            return Lloyd(int(bits) if bits in BITS else bits, self.scale, self.grid, self.rotation)
+        # Three quarters of the channels are no power of two, of which alone a Hadamard matrix mixes all.
+        rest = "dense" if self.rotation == "hadamard" else self.rotation
+        few, many = int(bits) + 1, int(bits)
+        return ChannelSplit(Lloyd(few, self.scale, self.grid, self.rotation), Lloyd(many, self.scale, self.grid, rest))
 
 
 @functools.lru_cache(maxsize=16)
