@@ -11,8 +11,8 @@ levels longer by that much are no better in front of a model (KL divergence of S
 How they are read is ``memjax.attention.progressive``'s matter. Layout: ``int3`` codes, two-bit rows first, with one bfloat16
 scale per vector: 3 + 16 / H bits per value, 3.25 at head_dim 64 and 3.125 at 128. The page size only rounds the history up.
 
-Deviations: this combination has no paper. Embedded quantizers are old (Tzou 1987); that all bits of a tile are needed only
-where its scores are large is the idea of FIER (arXiv 2508.08256) and Quest (arXiv 2406.10774), which leave the rest out.
+Deviations: this combination has no paper of its own. That only pages with large scores need all their bits is the idea of
+Quest (arXiv 2406.10774) and FIER (arXiv 2508.08256), which leave the other pages out altogether.
 """
 
 from __future__ import annotations
