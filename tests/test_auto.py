@@ -20,7 +20,7 @@ from memjax.cache.spec import RecurrentSpec
 from memjax.evaluate.compare import Job, Reader, Setup, compare
 from memjax.evaluate.sensitivity import measure_sensitivity
 from memjax.quantize import Auto, Dense, Int8, Pair, TurboQuant
-from memjax.quantize.auto import byte_count, cheapest_sum, layer_codec, stream_codec
+from memjax.quantize.auto import byte_count, cheapest_sum, layer_codec, spend, stream_codec
 from memjax.quantize.front import OFF
 from memjax.quantize.sensitivity import OPTIONS, Sensitivity, load_sensitivity, save_sensitivity
 from memjax.quantize.turboquant import Lloyd
@@ -51,6 +51,16 @@ def test_the_allocation_is_the_best_there_is(problem):
     every = itertools.product(*(range(len(each)) for each in cost))
     best = min((total(divergence, c), total(cost, c)) for c in every if total(cost, c) <= limit)
     assert (total(divergence, chosen), total(cost, chosen)) == best
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(0.04, [1, 1, 1, 1]), (0.06, [0, 1, 2, 1])])
+def test_uniform_bits_stay_where_others_promise_little(gain, chosen):
+    """One stream down a step and another one up gain so much of the sum, which is 100."""
+    cost = [[0, 1, 2]] * 4
+    divergence = [[26, 25, 24.5], [90, 25, 24.9], [90, 25, 24 - 100 * gain], [90, 25, 24.9]]
+    assert cheapest_sum(divergence, cost, 4) == [0, 1, 2, 1]
+    assert spend(divergence, cost, 4) == chosen
+    assert spend([], [], 0) == []
 
 
 def test_what_cannot_be_paid_is_refused():
