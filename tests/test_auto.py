@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 import memjax as mj
 from memjax.cache.policy import CachePolicy, Windows, layer_policies
 from memjax.cache.spec import RecurrentSpec
-from memjax.evaluate.compare import Job, Reader, Setup, compare
+from memjax.evaluate.compare import Job, Reader, Setup
 from memjax.evaluate.sensitivity import measure_sensitivity
 from memjax.quantize import Auto, Dense, Int8, Pair, TurboQuant
-from memjax.quantize.auto import byte_count, cheapest_sum, layer_codec, stream_codec
+from memjax.quantize.auto import byte_count, cheapest_sum, layer_codec, spend, stream_codec
 from memjax.quantize.front import OFF
 from memjax.quantize.sensitivity import OPTIONS, Sensitivity, load_sensitivity, save_sensitivity
 from memjax.quantize.turboquant import Lloyd
@@ -51,6 +51,16 @@ def test_the_allocation_is_the_best_there_is(problem):
     every = itertools.product(*(range(len(each)) for each in cost))
     best = min((total(divergence, c), total(cost, c)) for c in every if total(cost, c) <= limit)
     assert (total(divergence, chosen), total(cost, chosen)) == best
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(0.04, [1, 1, 1, 1]), (0.06, [0, 1, 2, 1])])
+def test_uniform_bits_stay_where_others_promise_little(gain, chosen):
+    """One stream down a step and another one up gain so much of the sum, which is 100."""
+    cost = [[0, 1, 2]] * 4
+    divergence = [[26, 25, 24.5], [90, 25, 24.9], [90, 25, 24 - 100 * gain], [90, 25, 24.9]]
+    assert cheapest_sum(divergence, cost, 4) == [0, 1, 2, 1]
+    assert spend(divergence, cost, 4) == chosen
+    assert spend([], [], 0) == []
 
 
 def test_what_cannot_be_paid_is_refused():
@@ -329,10 +339,12 @@ def test_what_was_measured_serves_the_model(tiny, measured, tmp_path):
 def test_auto_is_not_worse_than_uniform_bits_on_the_real_model(smollm2):
     """Static setting, the first tokens of two texts; the table that memjax brings along comes from later parts of them."""
     setup = Setup(chunk=256, cache_dtype="float32", decode_tokens=0, static=True)
-    policies = [mj.policy(text) for text in ("turboquant(3,3)+protect(4,0)", "auto(bits=3.25)+protect(4,0)")]
+    jobs = [Job(mj.policy(f"{text}+protect(4,0)"), static=True) for text in ("turboquant(3,3)", "auto(bits=3.25)")]
+    reader = Reader(smollm2, 512, setup)
     for name in ("moby_dick_excerpt.txt", "code_sample.py.txt"):
         text = (importlib.resources.files("memjax.data") / name).read_text(encoding="utf-8")
-        uniform, mine = compare(smollm2, smollm2.tokenizer.encode(text)[:512], policies, setup)
+        readings = reader.read_text(smollm2.tokenizer.encode(text)[:512], jobs)
+        uniform, mine = (reader.row(reading) for reading in readings)
         assert mine["bits_per_value"] <= uniform["bits_per_value"] == 3.25
         assert mine["bytes_device"] <= uniform["bytes_device"]
         assert mine["kld_mean"] <= uniform["kld_mean"]

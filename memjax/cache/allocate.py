@@ -9,7 +9,7 @@ from fractions import Fraction
 from memjax.cache.ledger import Bytes, predict_nbytes
 from memjax.cache.policy import CachePolicy
 from memjax.cache.spec import CacheSpec, LayerSpec
-from memjax.quantize.auto import Auto, cheapest_sum, layer_codec
+from memjax.quantize.auto import Auto, layer_codec, spend
 from memjax.quantize.sensitivity import check_sensitivity
 
 
@@ -60,7 +60,7 @@ def _codecs(auto: Auto, members: list[int], policies: Sequence[CachePolicy], spe
             pairs = [(least, b) if side else (b, least) for b in table.bits]
             divergence.append(measured[i])
             cost.append([getattr(ledger(i, *pair), tier) - base for pair in pairs])
-    chosen = [table.bits[option] for option in cheapest_sum(divergence, cost, limit - taken)]
+    chosen = [table.bits[option] for option in spend(divergence, cost, limit - taken)]
     return [layer_codec(*pair) for pair in zip(chosen[0::2], chosen[1::2], strict=True)]
 
 
