@@ -35,6 +35,7 @@ _NAMES = {
         "kivi",
         "knorm",
         "kvarn",
+        "massfold",
         "nf4",
         "nvfp4",
         "progressive",

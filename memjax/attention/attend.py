@@ -164,9 +164,10 @@ class _Reader:
             "implementation": implementation,
         }
         q = q[..., :coded]
-        if self.in_blocks and q_pos is None and centre is None:
+        if self.in_blocks and q_pos is None and centre is None and segment.bias is None:
             start = self.positions[:, 0]
             return prefill(q, segment.k, segment.v, q_start=start, groups=self.groups, **arguments)
+        arguments["bias"] = segment.bias
         q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
         if not (keep and self.keeps_logits):
             return decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, **arguments, **paging)

@@ -30,6 +30,7 @@ _NAMES = (
     "pyramidkv",
     "knorm",
     "keydiff",
+    "massfold",
     "host",
     "protect",
     "kernels",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memjax.cache.policy import CachePolicy, Windows
-from memjax.evict import H2O, KeyDiff, Knorm, PyramidKV, SnapKV, Streaming, Tova
+from memjax.evict import H2O, KeyDiff, Knorm, MassFold, PyramidKV, SnapKV, Streaming, Tova
 from memjax.offload import HostTier
 from memjax.quantize import (
     NF4,
@@ -144,6 +144,11 @@ def knorm(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
 def keydiff(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
     """Keys unlike the others stay, see ``memjax.evict.keydiff``."""
     return CachePolicy(evictor=KeyDiff(budget, fraction))
+
+
+def massfold() -> CachePolicy:
+    """Tokens that an evictor with a budget lets go are folded into those that stay, see ``memjax.evict.massfold``."""
+    return CachePolicy(fold=MassFold())
 
 
 def auto(

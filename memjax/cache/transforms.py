@@ -63,7 +63,8 @@ def _quantize(cache: LayerCache, index: int, codec: KeyValueCodec, front: FrontE
         v = None if whole.v is None else whole.v.data
         basis = measure(basis, whole.k.data, v, at, at >= 0, spec, None)
     history = encode(cache.history, position, codec, basis, spec)
-    history, host = dataclasses.replace(history, pos=cache.history.pos), None
+    old, host = cache.history, None
+    history = dataclasses.replace(history, pos=old.pos, score=old.score, bias=old.bias)
     if cache.host is not None:
         host = pool.store(encode(whole, at, codec, basis, spec), cache.policy.tier.page)
     return dataclasses.replace(cache, history=history, host=host, policy=policy, basis=basis, refined=refined)
