@@ -24,6 +24,7 @@ _NAMES = {
     "memjax.cache.parts": (
         "auto",
         "dense",
+        "dropkv",
         "fp8",
         "h2o",
         "host",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memjax.cache.policy import CachePolicy, Windows
-from memjax.evict import H2O, KeyDiff, Knorm, MassFold, PyramidKV, SnapKV, Streaming, Tova
+from memjax.evict import H2O, DropKV, KeyDiff, Knorm, MassFold, PyramidKV, SnapKV, Streaming, Tova
 from memjax.offload import HostTier
 from memjax.quantize import (
     NF4,
@@ -134,6 +134,11 @@ def snapkv(budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int
 def pyramidkv(budget: int = 0, window: int = 32, kernel: int = 5, pool: str = "avg", beta: int = 20) -> CachePolicy:
     """SnapKV with budgets that fall from layer to layer, see ``memjax.evict.pyramidkv``."""
     return CachePolicy(evictor=PyramidKV(budget, 0.0, window, kernel, pool, beta))
+
+
+def dropkv(budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int = 7, pool: str = "avg") -> CachePolicy:
+    """Outputs without a token, see ``memjax.evict.dropkv``."""
+    return CachePolicy(evictor=DropKV(budget, fraction, window, kernel, pool))
 
 
 def knorm(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
