@@ -24,6 +24,7 @@ _NAMES = {
     "memjax.cache.parts": (
         "auto",
         "dense",
+        "dropkv",
         "fp8",
         "h2o",
         "gear",
@@ -36,6 +37,7 @@ _NAMES = {
         "kivi",
         "knorm",
         "kvarn",
+        "massfold",
         "nf4",
         "nvfp4",
         "progressive",

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int
 from memjax.attention.progressive import progressive_attention
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.layer import LayerCache, Segment, bare, fitted, leaving_count, staged_positions
+from memjax.evict.observer import Look
 from memjax.offload import pool
 from memjax.pallas_kernels.decode import Centre, decode
-from memjax.pallas_kernels.merge import merge, probability_mass
+from memjax.pallas_kernels.merge import merge
 from memjax.pallas_kernels.prefill import prefill
 from memjax.pallas_kernels.slots import FREE, Positions, Span
 from memjax.pallas_kernels.slots import positions as as_array
@@ -67,14 +68,14 @@ def attend(
         parts += reader.history_parts(parts + apart)
     out, lse = merge(parts + apart)
     if observed:
-        cache = _observed(reader, q, lse)
+        cache = _observed(reader, q, out, lse)
     if reader.counts is not None:
         cache = dataclasses.replace(cache, refined=cache.refined + reader.counts)
     out = out.reshape(batch, heads, tokens, -1).swapaxes(1, 2)
     return jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out).astype(q.dtype), cache
 
 
-def _observed(reader: _Reader, q: Array, lse: Array) -> LayerCache:
+def _observed(reader: _Reader, q: Array, out: Array, lse: Array) -> LayerCache:
     """The cache with the scores that the attention of its observer's queries gives to tokens."""
     cache, observer, tokens = reader.cache, reader.cache.layout.observer, q.shape[1]
     index = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (q.shape[0], tokens))
@@ -83,12 +84,18 @@ def _observed(reader: _Reader, q: Array, lse: Array) -> LayerCache:
         index = cache.staged_count[:, None] - rows + jnp.arange(rows, dtype=jnp.int32)
         kept = jnp.maximum(index, 0)
         at = jnp.where(index >= 0, jnp.take_along_axis(reader.positions, kept, axis=1), FREE)
-        lse = jnp.take_along_axis(lse.reshape(*lse.shape[:2], -1, tokens), kept[:, None, None], axis=-1)
-        lse = lse.reshape(*lse.shape[:2], -1)
+        out, lse = (_of_tokens(x, kept, reader.groups) for x in (out, lse))
         reader = _Reader(cache, jnp.take_along_axis(q, kept[:, :, None, None], axis=1), at, False)
         reader.observe("xla")
     decay, weights = observer.weights(index, cache.staged_count)
-    return reader.scored(lse, decay, jnp.tile(weights, (1, reader.groups)) / reader.groups)
+    return reader.scored(out, lse, decay, jnp.tile(weights, (1, reader.groups)) / reader.groups)
+
+
+def _of_tokens(x: Array, index: Int[Array, "B n"], groups: int) -> Array:
+    """The rows [B, K, G * n, ...] of chosen tokens, of all rows [B, K, G * T, ...]."""
+    by_token = x.reshape(*x.shape[:2], groups, -1, *x.shape[3:])
+    chosen = jnp.take_along_axis(by_token, index.reshape(-1, 1, 1, index.shape[1], *(1,) * (x.ndim - 3)), axis=3)
+    return chosen.reshape(*x.shape[:2], -1, *x.shape[3:])
 
 
 def _overflowed(cache: LayerCache) -> Array:
@@ -168,11 +175,11 @@ class _Reader:
             "implementation": implementation,
         }
         q = q[..., :coded]
-        if self.in_blocks and q_pos is None and centre is None:
+        if self.in_blocks and q_pos is None and centre is None and segment.bias is None:
             read = functools.partial(prefill, q, k, q_start=self.positions[:, 0], groups=self.groups, **arguments)
         else:
             q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
-            read = functools.partial(decode, q, k, q_pos=q_pos, centre=centre, **arguments, **paging)
+            read = functools.partial(decode, q, k, q_pos=q_pos, centre=centre, bias=segment.bias, **arguments, **paging)
         first, second = (segment.v.first, segment.v.second) if isinstance(segment.v, CodePair) else (segment.v, None)
         if keep and self.keeps_logits:
             out, lse, self.logits[keep] = read(v=first, logits=True)
@@ -187,23 +194,34 @@ class _Reader:
         if self.cache.history is not None and self.cache.layout.observer.history:
             self.history_parts([])
 
-    def scored(self, lse: Array, decay: Array, weights: Array) -> LayerCache:
-        """The cache with decayed scores plus the weighted probabilities of the queries' rows."""
-        cache, found = self.cache, {}
+    def scored(self, out: Array, lse: Array, decay: Array, weights: Array) -> LayerCache:
+        """The cache with decayed scores plus what the observer sees by the queries' weighted rows."""
+        cache, observer, found = self.cache, self.cache.layout.observer, {}
         at = 0 if self.sinks_stand_apart else cache.layout.sinks
-        recent = probability_mass(self.logits["recent"], lse, weights)
         for name in ("tail", "staged"):
             segment = getattr(cache, name)
             if segment is not None:
-                found[name] = recent[..., at : at + segment.slots]
+                logits = self.logits["recent"][..., at : at + segment.slots]
+                found[name] = observer.score(Look(logits, lse, weights, out, functools.partial(self._values, segment)))
                 at += segment.slots
         if "history" in self.logits:
-            found["history"] = probability_mass(self.logits["history"], lse, weights)
+            found["history"] = observer.score(Look(self.logits["history"], lse, weights, out, self._history_values))
 
-        def add(segment: Segment, mass: Array) -> Segment:
-            return dataclasses.replace(segment, score=decay[:, None, None] * segment.score + mass)
+        def add(segment: Segment, seen: Array) -> Segment:
+            return dataclasses.replace(segment, score=decay[:, None, None] * segment.score + seen)
 
-        return dataclasses.replace(cache, **{name: add(getattr(cache, name), mass) for name, mass in found.items()})
+        return dataclasses.replace(cache, **{name: add(getattr(cache, name), seen) for name, seen in found.items()})
+
+    def _values(self, segment: Segment) -> Float[Array, "B K Hv S"]:
+        """Dense values; those of a latent stream are its keys."""
+        return (segment.k if segment.v is None else segment.v).data.astype(jnp.float32)
+
+    def _history_values(self) -> Float[Array, "B K Hv S"]:
+        """Values of the history, out of their codes."""
+        history, (keys, values) = self.cache.history, fitted(self.cache.policy.codec, self.cache.basis)
+        coded = keys.decode(history.k) if history.v is None else values.decode(history.v)
+        rows = coded.astype(jnp.float32).swapaxes(-1, -2)
+        return restore_outputs(self.cache.basis, rows, jnp.zeros(rows.shape[:3]), self.spec).swapaxes(-1, -2)
 
     def recent_parts(self):
         """Sinks, tail and staged tokens: all dense, so one segment (without the sinks if those see other queries).

@@ -11,14 +11,22 @@ from jaxtyping import Array, Bool, Float, Int
 from memjax.cache.slots import take, top_slots, write_at
 from memjax.evict import Budgeted
 from memjax.evict.evictor import Candidates
+from memjax.evict.massfold import Fates, fold
 from memjax.pallas_kernels.slots import FREE
 
 if TYPE_CHECKING:
     from memjax.cache.layer import Segment
+    from memjax.quantize.codec import Codec
 
 
 def admit(
-    history: Segment, new: Segment, evictor: Budgeted, end: Int[Array, "B"], keys, alive: Int[Array, "B"]
+    history: Segment,
+    new: Segment,
+    evictor: Budgeted,
+    end: Int[Array, "B"],
+    keys,
+    alive: Int[Array, "B"],
+    values: Codec | None = None,
 ) -> Segment:
     """The history after coded tokens, leaves [B, K, ..., T], have competed with it for its slots.
 
@@ -27,15 +35,36 @@ def admit(
       end: tokens of the text so far.
       keys: gives the keys of the history and of the new tokens, [B, K, H, S + T].
       alive: the first position that the model's own window still sees; tokens before it go first.
+      values: the codec of the values, with which tokens that go are folded into others; None: they are not.
     """
     both = lambda a, b: jnp.concatenate([a, b], axis=-1)  # noqa: E731
     pos, score = both(history.pos, new.pos), both(history.score, new.score) if evictor.scored else None
-    rank = evictor.rank(Candidates(score, pos, end, keys))
-    rank = _order(rank, pos, pos >= alive[:, None, None])
+    tokens = Candidates(score, pos, end, keys)
+    living = pos >= alive[:, None, None]
+    rank = _order(evictor.rank(tokens), pos, living)
     if new.slots == 1:
         lowest = rank == jnp.min(rank, axis=-1, keepdims=True)
-        return write_at(history, new, jnp.argmax(jnp.where(lowest, pos, FREE - 1), axis=-1))  # of equal ones the newest goes
-    return take(jax.tree.map(both, history, new), top_slots(rank, history.slots))
+        goes = jnp.argmax(jnp.where(lowest, pos, FREE - 1), axis=-1)  # of equal ones the newest
+        kept = write_at(history, new, goes)
+    else:
+        kept = take(jax.tree.map(both, history, new), top_slots(rank, history.slots))
+    if values is None:
+        return kept
+    fates = _one_fate(goes, history.slots) if new.slots == 1 else _fates(rank, history.slots)
+    everyone = jax.tree.map(both, history, new)
+    return fold(kept, everyone, fates, keys(), evictor.mass(tokens), (pos >= 0) & living, values)
+
+
+def _one_fate(goes: Int[Array, "B K"], slots: int) -> Fates:
+    """One token that comes, number ``slots``, in the place of another, or that goes itself."""
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    goes = goes[..., None].astype(jnp.int32)
+    return Fates(jnp.where(slot == goes, slots, slot), goes)
+
+
+def _fates(rank: Float[Array, "B K S"], slots: int) -> Fates:
+    order = jax.lax.top_k(rank, rank.shape[-1])[1]
+    return Fates(jnp.sort(order[..., :slots], axis=-1), order[..., slots:])
 
 
 def _order(

@@ -39,13 +39,14 @@ if TYPE_CHECKING:
     from memjax.cache.policy import CachePolicy
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "extra", "pos", "score"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "extra", "pos", "score", "bias"], meta_fields=[])
 @dataclass(frozen=True)
 class Segment:
     """Key and value codes [B, K, C, S]; ``v`` is None for a latent stream, ``extra`` its dense rotary part.
 
     Codes of a history may come in pairs. ``pos`` int32 [B, K, S] is stored where slots and positions have come apart (-1:
-    free), else None; ``score`` float32 [B, K, S] where the policy judges tokens.
+    free), else None; ``score`` float32 [B, K, S] where the policy judges tokens; ``bias`` float32 [B, K, S], on the logits,
+    where slots stand for several tokens.
     """
 
     k: Codes | CodePair
@@ -53,6 +54,7 @@ class Segment:
     extra: Codes | None
     pos: Array | None = None
     score: Array | None = None
+    bias: Array | None = None
 
     @property
     def slots(self) -> int:
@@ -117,7 +119,7 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
     policy.validate(spec)
     place, codec = layout(policy, spec), policy.codec
 
-    def segment(slots: int, codec: KeyValueCodec, placed: bool = False, scored: bool = False) -> Segment | None:
+    def segment(slots: int, codec: KeyValueCodec, placed=False, scored=False, biased=False) -> Segment | None:
         if slots == 0:
             return None
         lead = (spec.batch, spec.kv_heads)
@@ -128,12 +130,19 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
             extra=Dense().zeros((*lead, spec.extra_dim, slots), spec.dtype) if spec.extra_dim else None,
             pos=jnp.full((*lead, slots), FREE, jnp.int32) if placed else None,
             score=jnp.zeros((*lead, slots), jnp.float32) if scored else None,
+            bias=jnp.zeros((*lead, slots), jnp.float32) if biased else None,
         )
 
     host = segment(place.host_slots, codec)
     return LayerCache(
         sinks=segment(place.sinks, Dense()),
-        history=segment(place.resident - place.rest, codec, place.placed, place.judge is not None and place.judge.scored),
+        history=segment(
+            place.resident - place.rest,
+            codec,
+            placed=place.placed,
+            scored=place.judge is not None and place.judge.scored,
+            biased=place.folds,
+        ),
         rest=segment(place.rest, codec.rest, place.placed) if place.rest else None,
         host=None if host is None else pool.store(host, policy.tier.page),
         tail=segment(place.tail, Dense(), scored=place.observer is not None),
@@ -379,12 +388,14 @@ def _write_history(
 
 def _admitted(cache: LayerCache, stored: Segment, exact: Segment, position: Array, count: Array) -> Segment:
     """The history after its judge has compared the tokens that leave the tail, in codes and exact, with those it holds."""
-    spec, judge, history = cache.spec, cache.layout.judge, cache.history
+    spec, place, history = cache.spec, cache.layout, cache.history
+    judge = place.judge
     real = jnp.arange(position.shape[1], dtype=jnp.int32) < count[:, None]
     shape = (spec.batch, spec.kv_heads, position.shape[1])
     at = jnp.broadcast_to(jnp.where(real, position, FREE)[:, None], shape)
     score = judge.first_score(exact.k.data, None if exact.v is None else exact.v.data)
-    new = dataclasses.replace(stored, pos=at, score=exact.score if score is None else score)
+    bias = jnp.zeros(shape, jnp.float32) if place.folds else None
+    new = dataclasses.replace(stored, pos=at, score=exact.score if score is None else score, bias=bias)
 
     def keys() -> Array:
         coded = fitted(cache.policy.codec, cache.basis)[0].decode(history.k)
@@ -393,7 +404,7 @@ def _admitted(cache: LayerCache, stored: Segment, exact: Segment, position: Arra
 
     end = _end(cache)
     alive = jnp.zeros_like(end) if spec.window is None else end - spec.window + 1
-    return admit(history, new, judge, end, keys, alive)
+    return admit(history, new, judge, end, keys, alive, cache.policy.codec.values if place.folds else None)
 
 
 def encode_in_two(
@@ -520,5 +531,5 @@ def _cast(segment: Segment, dtype: DTypeLike) -> Segment:
 
 
 def bare(segment: Segment) -> Segment:
-    """The tokens alone, without positions and scores."""
-    return dataclasses.replace(segment, pos=None, score=None)
+    """The tokens alone, without positions, scores and biases."""
+    return dataclasses.replace(segment, pos=None, score=None, bias=None)

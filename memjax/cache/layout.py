@@ -33,6 +33,7 @@ class Layout:
       rest: how many of the device's slots lie in the part of fewer bits.
       placed: the history's slots hold positions of their own.
       judge: who decides which tokens of the history stay; None: all, or by age alone.
+      folds: tokens that go are folded into those that stay.
       observer: whose attention gives scores to tokens; None: nobody's.
     """
 
@@ -48,6 +49,7 @@ class Layout:
     rest: int
     placed: bool
     judge: Budgeted | None
+    folds: bool
     observer: Observer | None
 
 
@@ -86,5 +88,6 @@ def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
         rest=0 if policy.codec.rest is None else slots // tile * (tile - policy.codec.salient),
         placed=judge is not None or policy.codec.rest is not None,
         judge=judge,
+        folds=judge is not None and policy.fold is not None,
         observer=policy.codec.observer if judge is None else judge.observer,
     )

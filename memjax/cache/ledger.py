@@ -108,7 +108,7 @@ def _predict_attention(policy: CachePolicy, spec: CacheSpec) -> Bytes:
 
     device = round((place.resident - place.rest) * slot_bytes(policy.codec))
     device += round(place.rest * slot_bytes(policy.codec.rest)) if place.rest else 0
-    device += 4 * vectors * place.resident * (place.placed + (place.judge is not None and place.judge.scored))
+    device += 4 * vectors * place.resident * (place.placed + (place.judge is not None and place.judge.scored) + place.folds)
     host = round(place.host_slots * slot_bytes(policy.codec))
     windows = round((place.sinks + place.tail) * slot_bytes(Dense()))
     windows += 4 * vectors * place.tail * (place.observer is not None)

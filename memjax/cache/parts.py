@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memjax.cache.policy import CachePolicy, Windows
-from memjax.evict import H2O, KeyDiff, Knorm, PyramidKV, SnapKV, Streaming, Tova
+from memjax.evict import H2O, DropKV, KeyDiff, Knorm, MassFold, PyramidKV, SnapKV, Streaming, Tova
 from memjax.offload import HostTier
 from memjax.quantize import (
     NF4,
@@ -140,6 +140,11 @@ def pyramidkv(budget: int = 0, window: int = 32, kernel: int = 5, pool: str = "a
     return CachePolicy(evictor=PyramidKV(budget, 0.0, window, kernel, pool, beta))
 
 
+def dropkv(budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int = 7, pool: str = "avg") -> CachePolicy:
+    """Outputs without a token, see ``memjax.evict.dropkv``."""
+    return CachePolicy(evictor=DropKV(budget, fraction, window, kernel, pool))
+
+
 def knorm(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
     """Small keys stay, see ``memjax.evict.knorm``."""
     return CachePolicy(evictor=Knorm(budget, fraction))
@@ -148,6 +153,11 @@ def knorm(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
 def keydiff(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
     """Keys unlike the others stay, see ``memjax.evict.keydiff``."""
     return CachePolicy(evictor=KeyDiff(budget, fraction))
+
+
+def massfold() -> CachePolicy:
+    """Tokens that an evictor with a budget lets go are folded into those that stay, see ``memjax.evict.massfold``."""
+    return CachePolicy(fold=MassFold())
 
 
 def auto(

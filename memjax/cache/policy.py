@@ -22,7 +22,7 @@ from memjax.cache.layer import LayerCache, commit, init_layer
 from memjax.cache.layer import update as _update
 from memjax.cache.recurrent import RecurrentCache, init_recurrent
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec, check_integers
-from memjax.evict import Budgeted, Evictor, Streaming
+from memjax.evict import Budgeted, Evictor, MassFold, Streaming
 from memjax.offload import HostTier
 from memjax.quantize import Dense, FrontEnd, KeyValueCodec
 from memjax.quantize.calibration import check_fingerprint
@@ -66,6 +66,7 @@ class CachePolicy:
       windows: what is protected from the codec and from eviction; None: 4 sinks and 64 recent tokens for a lossy codec or a
         budget (with ``streaming``, its own sinks), else nothing.
       front: what is done to keys and values before they are coded; None: what is usual for the codec.
+      fold: whether tokens that an evictor with a budget lets go are folded into others; None: they are lost.
       kernels: how the history is read, see ``kernels``; None: with kernels that were checked on the hardware at hand,
         else with XLA.
     """
@@ -76,12 +77,20 @@ class CachePolicy:
     windows: Windows | None = None
     kernels: str | None = None
     front: FrontEnd | None = None
+    fold: MassFold | None = None
 
     def __post_init__(self):
         if self.kernels not in (None, *KERNELS):
             raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
         if isinstance(self.evictor, Budgeted):
             self._check_axes()
+        elif self.fold is not None and self.evictor is not None:
+            self.check_fold()
+
+    def check_fold(self) -> None:
+        """Raises ValueError if there is something to do with tokens that go, but nothing that chooses them."""
+        if self.fold is not None and not isinstance(self.evictor, Budgeted):
+            raise ValueError(f"{self}: massfold folds tokens that a budget lets go: chain it with one, h2o(256)+massfold")
 
     def _check_axes(self) -> None:
         """Raises ValueError where a budget cannot go together with another axis, on any layer."""
@@ -127,6 +136,11 @@ class CachePolicy:
             raise ValueError(
                 f"{self}: {self.codec.name} reads chosen pages of the device's memory, which the host tier cannot serve yet"
             )
+        self.check_fold()
+        if self.fold is not None and self.codec.two_streams:
+            raise ValueError(f"{self}: massfold merges values of one stream, and {self.codec.name} stores two")
+        if self.fold is not None and spec.latent_dim is not None:
+            raise ValueError(f"{self}: massfold changes values and leaves keys, but a latent stream has one vector for both")
         if isinstance(self.evictor, Budgeted):
             self._check_budget(spec)
         streaming = self.evictor if isinstance(self.evictor, Streaming) else None
@@ -190,7 +204,7 @@ class CachePolicy:
             raise ValueError(f"this cache was made by policy {cache.policy}, not by {self}")
 
     def __str__(self) -> str:
-        parts = [part for part in (self.evictor, self.codec, self.tier) if part is not None and part != Dense()]
+        parts = [part for part in (self.evictor, self.fold, self.codec, self.tier) if part is not None and part != Dense()]
         texts = [_part_string(part, self.front if part is self.codec else None) for part in parts]
         if self.windows is not None:
             texts.append(f"protect({self.windows.sinks},{self.windows.recent})")
@@ -304,7 +318,9 @@ def chain(*policies: CachePolicy) -> CachePolicy:
     """
     if not policies:
         raise ValueError("chain needs at least one policy")
-    return functools.reduce(_combine, policies[1:], _checked(policies[0]))
+    whole = functools.reduce(_combine, policies[1:], _checked(policies[0]))
+    whole.check_fold()
+    return whole
 
 
 def _checked(policy) -> CachePolicy:
@@ -313,7 +329,14 @@ def _checked(policy) -> CachePolicy:
     return policy
 
 
-_AXES = {"codec": "quantization", "evictor": "eviction", "tier": "placement", "windows": "protection", "kernels": "kernels"}
+_AXES = {
+    "codec": "quantization",
+    "evictor": "eviction",
+    "fold": "folding",
+    "tier": "placement",
+    "windows": "protection",
+    "kernels": "kernels",
+}
 
 
 def _combine(first: CachePolicy, second: CachePolicy) -> CachePolicy:

@@ -65,7 +65,8 @@ def _quantize(cache: LayerCache, index: int, codec: KeyValueCodec, front: FrontE
     if basis is not None:
         basis = fit_codec(basis, codec, whole, at, at >= 0, spec)
     history = encode(cache.history, position, codec, basis, spec)
-    history, host = dataclasses.replace(history, pos=cache.history.pos), None
+    old, host = cache.history, None
+    history = dataclasses.replace(history, pos=old.pos, score=old.score, bias=old.bias)
     if cache.host is not None:
         host = pool.store(encode(whole, at, codec, basis, spec), cache.policy.tier.page)
     return dataclasses.replace(cache, history=history, host=host, policy=policy, basis=basis, refined=refined)

@@ -1,12 +1,26 @@
 """Evictors: which tokens stay. One method, one file."""
 
+from memjax.evict.dropkv import DropKV
 from memjax.evict.evictor import Budgeted, Evictor
 from memjax.evict.h2o import H2O
 from memjax.evict.keydiff import KeyDiff
 from memjax.evict.knorm import Knorm
+from memjax.evict.massfold import MassFold
 from memjax.evict.pyramidkv import PyramidKV
 from memjax.evict.snapkv import SnapKV
 from memjax.evict.streaming import Streaming
 from memjax.evict.tova import Tova
 
-__all__ = ["H2O", "Budgeted", "Evictor", "KeyDiff", "Knorm", "PyramidKV", "SnapKV", "Streaming", "Tova"]
+__all__ = [
+    "H2O",
+    "Budgeted",
+    "DropKV",
+    "Evictor",
+    "KeyDiff",
+    "Knorm",
+    "MassFold",
+    "PyramidKV",
+    "SnapKV",
+    "Streaming",
+    "Tova",
+]

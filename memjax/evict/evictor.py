@@ -90,3 +90,7 @@ class Budgeted(Evictor):
     def rank(self, tokens: Candidates) -> Float[Array, "B K S"]:
         """The higher, the longer a token stays."""
         return tokens.score
+
+    def mass(self, tokens: Candidates) -> Float[Array, "B K S"] | None:
+        """The attention that tokens get, up to a factor per head, for ``memjax.evict.massfold``; None: it is not known."""
+        return tokens.score if self.observer is not None else None

@@ -42,3 +42,6 @@ class H2O(Budgeted):
             return tokens.score
         seen = jnp.maximum(tokens.end[:, None, None] - tokens.pos, 1)
         return tokens.score / seen.astype(jnp.float32)
+
+    def mass(self, tokens: Candidates) -> Float[Array, "B K S"]:
+        return self.rank(tokens)

@@ -1,18 +1,40 @@
-"""Whose attention counts: scores of cached tokens from the probabilities that chosen queries give them.
+"""Whose attention counts: scores of cached tokens from what chosen queries see in them.
 
-    score <- decay * score + sum over queries of weight * mean over the group's query heads of probability
+    score <- decay * score + sum over queries of weight * mean over the group's query heads of what is seen
 
-The probabilities are those of the whole row, over everything that the query sees; scores are one per kv head, so that the
-group of query heads that shares a cache decides together. A token's score begins with zero when it is staged.
+What is seen is the probability, of the whole row, over everything that the query sees, unless an observer looks at something
+else. Scores are one per kv head, so that the group of query heads that shares a cache decides together. A token's score begins
+with zero when it is staged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from memjax.pallas_kernels.merge import probability_mass
+
+
+class Look(NamedTuple):
+    """What the observer's queries, M rows per kv head, see in some slots of a cache.
+
+    Attributes:
+      logits: masked: -1e30 or less where a row sees nothing.
+      lse: log-sum-exp of each row over all slots, not only these.
+      weights: how much each row counts.
+      out: the rows' outputs.
+      values: gives the values in the slots, float32, as attention reads them.
+    """
+
+    logits: Float[Array, "B K M S"]
+    lse: Float[Array, "B K M"]
+    weights: Float[Array, "B M"]
+    out: Float[Array, "B K M Hv"]
+    values: Callable[[], Float[Array, "B K Hv S"]]
 
 
 class Observer(Protocol):
@@ -35,9 +57,13 @@ class Observer(Protocol):
         """
         ...
 
+    def score(self, look: Look) -> Float[Array, "B K S"]:
+        """What the queries add to the scores of slots: their probabilities."""
+        return probability_mass(look.logits, look.lse, look.weights)
+
 
 @dataclass(frozen=True)
-class EveryQuery:
+class EveryQuery(Observer):
     """Sums over all queries that have seen a token, as H2O's and ZipCache's scores begin."""
 
     history: bool = True
@@ -50,7 +76,7 @@ class EveryQuery:
 
 
 @dataclass(frozen=True)
-class LastQueries:
+class LastQueries(Observer):
     """Means over the last ``queries`` queries: exact for a chunk that has so many, exponential over shorter ones."""
 
     queries: int
