@@ -40,6 +40,7 @@ _NAMES = {
         "progressive",
         "protect",
         "pyramidkv",
+        "quest",
         "snapkv",
         "streaming",
         "tova",

@@ -30,6 +30,7 @@ _NAMES = (
     "pyramidkv",
     "knorm",
     "keydiff",
+    "quest",
     "host",
     "protect",
     "kernels",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memjax.cache.policy import CachePolicy, Windows
-from memjax.evict import H2O, KeyDiff, Knorm, PyramidKV, SnapKV, Streaming, Tova
+from memjax.evict import H2O, KeyDiff, Knorm, PyramidKV, Quest, SnapKV, Streaming, Tova
 from memjax.offload import HostTier
 from memjax.quantize import (
     NF4,
@@ -144,6 +144,11 @@ def knorm(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
 def keydiff(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
     """Keys unlike the others stay, see ``memjax.evict.keydiff``."""
     return CachePolicy(evictor=KeyDiff(budget, fraction))
+
+
+def quest(budget: int = 0, page: int = 16, dense_layers: int = 2) -> CachePolicy:
+    """Keeps everything and reads the pages that may matter, ``budget`` tokens per kv head; see ``memjax.evict.quest``."""
+    return CachePolicy(evictor=Quest(budget, page, dense_layers))
 
 
 def auto(

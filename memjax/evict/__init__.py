@@ -1,12 +1,13 @@
-"""Evictors: which tokens stay. One method, one file."""
+"""Evictors: which tokens stay, or are read. One method, one file."""
 
 from memjax.evict.evictor import Budgeted, Evictor
 from memjax.evict.h2o import H2O
 from memjax.evict.keydiff import KeyDiff
 from memjax.evict.knorm import Knorm
 from memjax.evict.pyramidkv import PyramidKV
+from memjax.evict.quest import Quest
 from memjax.evict.snapkv import SnapKV
 from memjax.evict.streaming import Streaming
 from memjax.evict.tova import Tova
 
-__all__ = ["H2O", "Budgeted", "Evictor", "KeyDiff", "Knorm", "PyramidKV", "SnapKV", "Streaming", "Tova"]
+__all__ = ["H2O", "Budgeted", "Evictor", "KeyDiff", "Knorm", "PyramidKV", "Quest", "SnapKV", "Streaming", "Tova"]
