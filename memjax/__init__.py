@@ -43,6 +43,7 @@ _NAMES = {
         "progressive",
         "protect",
         "pyramidkv",
+        "quest",
         "snapkv",
         "streaming",
         "tova",

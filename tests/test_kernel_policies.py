@@ -18,6 +18,7 @@ CASES = {
     "evicting": ("streaming(4,40)+int8+protect(4,8)", SPEC),
     "on the host": ("int8+protect(2,8)+host(8,16)", SPEC),
     "refining": ("progressive(refine=1.0)+protect(2,8)", SPEC),
+    "choosing pages": ("quest(26)+int8+protect(2,8)", SPEC),
     "latent": ("int8+protect(2,8)", LATENT),
     "corrected": ("gear(int4(rotate=true),4)+protect(2,8)", SPEC),
 }

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from memjax.attention.progressive import progressive_attention
+from memjax.attention.quest import page_scores, pages_seen, quest_attention
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.layer import LayerCache, Segment, bare, fitted, leaving_count, staged_positions
 from memjax.evict.observer import Look
@@ -119,6 +120,7 @@ class _Reader:
         self.positions = positions
         self.kernels = cache.policy.kernels
         self.keeps_logits, self.logits = False, {}
+        self.consecutive = consecutive
         self.in_blocks = consecutive and q.shape[1] > DECODE_TOKENS
         self.groups = q.shape[2] // self.spec.kv_heads
         self.q = self._rows(self._rotate(q, positions))
@@ -272,6 +274,8 @@ class _Reader:
         q = jnp.concatenate([prepared, self.q[..., coded:]], axis=-1)
         if cache.refined is not None and self.positions.shape[1] <= DECODE_TOKENS:
             parts = [self._progressive_part(q, centre, others)]
+        elif cache.bounds is not None and self.positions.shape[1] <= DECODE_TOKENS:
+            parts = [self._chosen_part(q, centre)]
         else:
             keep = "history" if cache.layout.observer is not None and cache.layout.observer.history else ""
             parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre, keep=keep)]
@@ -285,13 +289,9 @@ class _Reader:
     def _progressive_part(self, q: Array, centre: Centre | None, others: list):
         """The coded history, pages that matter with all their bits."""
         cache = self.cache
-
-        def attend(q, segment, k_pos, q_pos, centre, **paging):
-            return self._attend(q, segment, k_pos, self.kernels, q_pos=q_pos, centre=centre, **paging)
-
         lse = merge(others)[1] if others else jnp.full(q.shape[:3], -jnp.inf)
         part, self.counts = progressive_attention(
-            attend,
+            self._attend_table,
             q,
             dataclasses.replace(cache.history, pos=None),
             history_positions(cache),
@@ -303,6 +303,30 @@ class _Reader:
             centre=centre,
         )
         return part
+
+    def _chosen_part(self, q: Array, centre: Centre | None):
+        """Of the coded history the pages whose bounds promise most to the queries of real tokens."""
+        cache, place, real = self.cache, self.place, jnp.ones(self.positions.shape, bool)
+        if self.consecutive and cache.staged is not None:
+            real = jnp.arange(real.shape[1], dtype=jnp.int32) < cache.staged_count[:, None]
+        k_pos = history_positions(cache)
+        seen = pages_seen(k_pos, cache.history.slots, place.page, self.positions, real, self.spec.window)
+        score = page_scores(cache.bounds, self.q, jnp.tile(real, (1, self.groups)), seen)
+        return quest_attention(
+            self._attend_table,
+            q,
+            bare(cache.history),
+            k_pos,
+            score,
+            place.chosen,
+            place.page,
+            q_pos=self.positions,
+            centre=centre,
+        )
+
+    def _attend_table(self, q: Array, segment: Segment, k_pos: Positions, q_pos: Array, centre: Centre | None, **paging):
+        """``_attend`` by a page table."""
+        return self._attend(q, segment, k_pos, self.kernels, q_pos=q_pos, centre=centre, **paging)
 
     def _host_part(self, q: Array, centre: Centre | None):
         """Streams the host pool page by page; only a page at a time is on the device."""

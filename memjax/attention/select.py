@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.pallas_kernels.decode import Centre
-from memjax.pallas_kernels.slots import Positions, Span
+from memjax.pallas_kernels.merge import Part
+from memjax.pallas_kernels.slots import FREE, Positions, Span
+from memjax.pallas_kernels.slots import positions as as_array
 
 MOST_SLOTS = 2048  # that XLA decodes at once, per row of the batch; kernels take all
 
@@ -145,6 +147,45 @@ def _attend_some(attend, q, segment, k_pos, table, wanted, page: int, q_pos, cen
         return x.swapaxes(2, 3).reshape(batch, heads, count, *x.shape[4:])
 
     return Pages(unfold(out), unfold(lse))
+
+
+def attend_chosen(
+    attend: Callable[..., Part],
+    q: Float[Array, "B K M H"],
+    segment,
+    k_pos: Positions,
+    chosen: Chosen,
+    page: int,
+    *,
+    q_pos: Int[Array, "B T"],
+    centre: Centre | None = None,
+) -> Part:
+    """Attention over the wanted pages of ``chosen`` [B, K, n], which every kv head has chosen for itself, all in one.
+
+    Args:
+      attend, segment, k_pos: as for ``attend_pages``.
+    """
+    batch, heads = q.shape[:2]
+    slots = max(leaf.shape[-1] for leaf in jax.tree.leaves(segment))
+
+    def fold(x: Array) -> Array:
+        return x.reshape(batch * heads, 1, *x.shape[2:])
+
+    table = chosen.pages
+    paged = as_array(k_pos, slots).reshape(batch, -1, slots // page, page)
+    at = jnp.take_along_axis(jnp.broadcast_to(paged, (batch, heads, *paged.shape[2:])), table[..., None], axis=2)
+    at = jnp.where(chosen.wanted[..., None], at, FREE)
+    number = slots // page * jnp.arange(batch * heads, dtype=jnp.int32)[:, None] + table.reshape(batch * heads, -1)
+    out, lse = attend(
+        fold(q),
+        jax.tree.map(fold, segment),
+        at.reshape(batch * heads, 1, -1),
+        q_pos=jnp.repeat(q_pos, heads, axis=0),
+        centre=None if centre is None else Centre(fold(centre.weights), centre.inv_freq),
+        table=number,
+        page=page,
+    )
+    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
 
 
 def _positions_of_pages(k_pos: Positions, table: Array, wanted: Array, page: int) -> Positions:

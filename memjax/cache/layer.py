@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.admit import admit
+from memjax.cache.bounds import KeyBounds, bounds_after, empty_bounds
 from memjax.cache.layout import Layout, layout
 from memjax.cache.slots import take, write, write_ring
 from memjax.cache.spec import CacheSpec
@@ -75,6 +76,7 @@ class Segment:
         "written",
         "basis",
         "refined",
+        "bounds",
     ],
     meta_fields=["policy", "spec"],
 )
@@ -92,6 +94,7 @@ class LayerCache:
       basis: statistics in which the history is coded; None without a front end.
       refined: float32 [B, 2], pages that decode steps have read in full and pages that they have read at all, summed over kv
         heads; None for codecs whose pages are all read alike.
+      bounds: of the keys of each page of the history; None for policies that read all pages.
       policy, spec: static.
     """
 
@@ -108,6 +111,7 @@ class LayerCache:
     policy: CachePolicy
     spec: CacheSpec
     refined: Array | None = None
+    bounds: KeyBounds | None = None
 
     @property
     def layout(self) -> Layout:
@@ -154,6 +158,7 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
         policy=policy,
         spec=spec,
         refined=init_counters(policy, spec) if place.slots else None,
+        bounds=empty_bounds(place, spec),
     )
 
 
@@ -325,17 +330,18 @@ def _moved(cache: LayerCache, kept: Kept, written: Array) -> LayerCache:
 
 
 class Kept(NamedTuple):
-    """The segments of the history."""
+    """The segments of the history, and the bounds of its keys."""
 
     history: Segment | None
     rest: Segment | None
     host: Segment | None
+    bounds: KeyBounds | None = None
 
 
 def _commit_history(caches: list[LayerCache]) -> list[tuple[Kept, Array]]:
     """Encodes the tokens that leave the tail (or skip it) and writes them behind the history; caches that look alike."""
     written = [cache.written + leaving_count(cache) for cache in caches]
-    keep = lambda caches: [Kept(cache.history, cache.rest, cache.host) for cache in caches]  # noqa: E731
+    keep = lambda caches: [Kept(cache.history, cache.rest, cache.host, cache.bounds) for cache in caches]  # noqa: E731
     if caches[0].history is None:
         found = keep(caches)
     elif caches[0].layout.tile == 1:
@@ -381,7 +387,7 @@ def _write_history(
         stored = dataclasses.replace(stored, pos=jnp.broadcast_to(position[:, None], shape))
     history = put(cache.history, stored, written, count)
     if cache.host is None:
-        return Kept(history, None, None)
+        return Kept(history, None, None, bounds_after(cache, history, position.shape[1], written + count))
     source = _source(written, written + count, place)
     return Kept(history, None, pool.write(cache.host, coded[0], source, cache.policy.tier.page))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memjax.cache.spec import CacheSpec
-from memjax.evict import Budgeted, Streaming
+from memjax.evict import Budgeted, Quest, Streaming
 from memjax.evict.observer import Observer
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Layout:
       judge: who decides which tokens of the history stay; None: all, or by age alone.
       folds: tokens that go are folded into those that stay.
       observer: whose attention gives scores to tokens; None: nobody's.
+      page: slots of the history that are read together by who reads some pages only.
+      chosen: pages that a decode step reads per kv head; 0: it reads all of the history.
     """
 
     sinks: int
@@ -51,6 +53,8 @@ class Layout:
     judge: Budgeted | None
     folds: bool
     observer: Observer | None
+    page: int
+    chosen: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -70,7 +74,10 @@ def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
     slots = keep - sinks - kept
     # In a ring a tile takes the place of one that the window has left altogether.
     slots = (-(-slots // tile) if ring else slots // tile) * tile
-    slots = -(-slots // policy.codec.page) * policy.codec.page
+    page, chosen = policy.codec.page, 0
+    if isinstance(evictor, Quest) and evictor.pages(sinks + kept) * evictor.page < slots:
+        page, chosen = evictor.page, evictor.pages(sinks + kept)
+    slots = -(-slots // page) * page
     tail = kept + tile - 1 if slots else keep - sinks
     resident, host_slots = slots, 0
     if tier is not None and tier.resident < slots:
@@ -90,4 +97,6 @@ def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
         judge=judge,
         folds=judge is not None and policy.fold is not None,
         observer=policy.codec.observer if judge is None else judge.observer,
+        page=page,
+        chosen=chosen,
     )

@@ -25,7 +25,7 @@ class Bytes:
 
     Attributes:
       device, host, disk: by tier.
-      history: the coded history on every tier, scales, stored positions and page padding included.
+      history: the coded history on every tier, scales, stored positions, bounds of keys and page padding included.
       windows: sinks, tail and staged tokens, dense.
       state: recurrent states.
       basis: statistics of a codec's front end.
@@ -71,7 +71,7 @@ def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
         return sum((nbytes(layer) for layer in cache), Bytes())
     windows = _size((cache.sinks, cache.tail, cache.staged))
     counters = _size((cache.length, cache.written, cache.staged_count, cache.refined))
-    device, host, basis = _size((cache.history, cache.rest)), _size(cache.host), _size(cache.basis)
+    device, host, basis = _size((cache.history, cache.rest, cache.bounds)), _size(cache.host), _size(cache.basis)
     slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
     slots += 0 if cache.host is None else cache.layout.host_slots
     return Bytes(
@@ -109,6 +109,8 @@ def _predict_attention(policy: CachePolicy, spec: CacheSpec) -> Bytes:
     device = round((place.resident - place.rest) * slot_bytes(policy.codec))
     device += round(place.rest * slot_bytes(policy.codec.rest)) if place.rest else 0
     device += 4 * vectors * place.resident * (place.placed + (place.judge is not None and place.judge.scored) + place.folds)
+    if place.chosen:
+        device += 2 * vectors * place.slots // place.page * spec.head_dim * jnp.dtype(spec.dtype).itemsize
     host = round(place.host_slots * slot_bytes(policy.codec))
     windows = round((place.sinks + place.tail) * slot_bytes(Dense()))
     windows += 4 * vectors * place.tail * (place.observer is not None)

@@ -33,6 +33,7 @@ _NAMES = (
     "knorm",
     "keydiff",
     "massfold",
+    "quest",
     "host",
     "protect",
     "kernels",

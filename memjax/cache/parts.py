@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memjax.cache.policy import CachePolicy, Windows
-from memjax.evict import H2O, DropKV, KeyDiff, Knorm, MassFold, PyramidKV, SnapKV, Streaming, Tova
+from memjax.evict import H2O, DropKV, KeyDiff, Knorm, MassFold, PyramidKV, Quest, SnapKV, Streaming, Tova
 from memjax.offload import HostTier
 from memjax.quantize import (
     NF4,
@@ -158,6 +158,11 @@ def keydiff(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
 def massfold() -> CachePolicy:
     """Tokens that an evictor with a budget lets go are folded into those that stay, see ``memjax.evict.massfold``."""
     return CachePolicy(fold=MassFold())
+
+
+def quest(budget: int = 0, page: int = 16, dense_layers: int = 2) -> CachePolicy:
+    """Keeps everything and reads the pages that may matter, ``budget`` tokens per kv head; see ``memjax.evict.quest``."""
+    return CachePolicy(evictor=Quest(budget, page, dense_layers))
 
 
 def auto(

@@ -22,7 +22,7 @@ from memjax.cache.layer import LayerCache, commit, init_layer
 from memjax.cache.layer import update as _update
 from memjax.cache.recurrent import RecurrentCache, init_recurrent
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec, check_integers
-from memjax.evict import Budgeted, Evictor, MassFold, Streaming
+from memjax.evict import Budgeted, Evictor, MassFold, Quest, Streaming
 from memjax.offload import HostTier
 from memjax.quantize import Dense, FrontEnd, KeyValueCodec
 from memjax.quantize.calibration import check_fingerprint
@@ -61,7 +61,7 @@ class CachePolicy:
 
     Attributes:
       codec: in how many bits tokens of the history are kept.
-      evictor: which tokens stay; None: all.
+      evictor: which tokens stay, or, of tokens that all stay, which are read; None: all.
       tier: where the history lives; None: on the device.
       windows: what is protected from the codec and from eviction; None: 4 sinks and 64 recent tokens for a lossy codec or a
         budget (with ``streaming``, its own sinks), else nothing.
@@ -86,6 +86,8 @@ class CachePolicy:
             self._check_axes()
         elif self.fold is not None and self.evictor is not None:
             self.check_fold()
+        if isinstance(self.evictor, Quest):
+            self._check_pages()
 
     def check_fold(self) -> None:
         """Raises ValueError if there is something to do with tokens that go, but nothing that chooses them."""
@@ -106,11 +108,26 @@ class CachePolicy:
         if self.tier is not None:
             raise ValueError(f"{self}: {self.evictor.name} scatters tokens over slots, which the host tier cannot move")
 
+    def _check_pages(self) -> None:
+        """Raises ValueError where reading some pages only cannot go together with another axis, on any layer."""
+        codec, page = self.codec, self.evictor.page
+        if codec.page > 1 or codec.rest is not None:
+            raise ValueError(
+                f"{self}: {codec.name} decides itself what is read or kept in which bits, which {self.evictor.name} cannot "
+                "join; use turboquant"
+            )
+        if page % codec.tile:
+            raise ValueError(
+                f"{self}: pages of {page} tokens cut through {codec.name}'s tiles of {codec.tile}; use page={codec.tile}"
+            )
+        if self.tier is not None:
+            raise ValueError(f"{self}: {self.evictor.name} reads pages of the device's memory; leave the host tier away")
+
     def resolved_windows(self) -> Windows:
         """The windows in force."""
         windows, streaming = self.windows, isinstance(self.evictor, Streaming)
         if windows is None:
-            windows = Windows() if self.codec.lossy or isinstance(self.evictor, Budgeted) else Windows(0, 0)
+            windows = Windows() if self.codec.lossy or isinstance(self.evictor, Budgeted | Quest) else Windows(0, 0)
             if streaming:
                 windows = dataclasses.replace(windows, sinks=self.evictor.sinks)
         if streaming:
@@ -143,6 +160,8 @@ class CachePolicy:
             raise ValueError(f"{self}: massfold changes values and leaves keys, but a latent stream has one vector for both")
         if isinstance(self.evictor, Budgeted):
             self._check_budget(spec)
+        if isinstance(self.evictor, Quest):
+            self._check_chosen(spec)
         streaming = self.evictor if isinstance(self.evictor, Streaming) else None
         moves_positions = streaming is not None and streaming.positions == "cache" and streaming.sinks > 0
         if moves_positions and spec.rope == "applied":
@@ -159,8 +178,17 @@ class CachePolicy:
                 f"are protected; raise it, or protect fewer, for instance +protect({windows.sinks},{tokens // 4})"
             )
 
+    def _check_chosen(self, spec: CacheSpec) -> None:
+        windows, evictor = self.resolved_windows(), self.evictor
+        protected = windows.sinks + windows.recent
+        if evictor.budget < spec.capacity and evictor.pages(protected) < 1:
+            raise ValueError(
+                f"{self}: a budget of {evictor.budget} tokens has no room for a page of {evictor.page} besides the "
+                f"{protected} that are protected; raise it, or protect fewer, for instance +protect(4,{evictor.page})"
+            )
+
     def for_layer(self, index: int, layers: int) -> CachePolicy:
-        """The policy of layer ``index`` of ``layers``: this one, unless its evictor shares out a budget."""
+        """The policy of layer ``index`` of ``layers``: this one, unless its evictor treats layers differently."""
         if self.evictor is None:
             return self
         windows = self.resolved_windows()

@@ -18,6 +18,17 @@ def take[Tree](tree: Tree, slots: Int[Array, "B n"] | Int[Array, "B K n"]) -> Tr
     return jax.tree.map(pick, tree)
 
 
+def take_pages[Tree](tree: Tree, pages: Int[Array, "B n"], page: int) -> Tree:
+    """The slots of the chosen pages of every row, leaves [B, K, ..., n * page]; tiles of slots must not cross pages."""
+
+    def pick(leaf: Array, run: int) -> Array:
+        paged = leaf.reshape(*leaf.shape[:-1], -1, page // run)
+        index = pages.reshape(pages.shape[0], *(1,) * (leaf.ndim - 2), pages.shape[1], 1)
+        return jnp.take_along_axis(paged, index, axis=-2).reshape(*leaf.shape[:-1], -1)
+
+    return _by_run(pick, tree)
+
+
 def pad[Tree](tree: Tree, room: int, fill: int = 0) -> Tree:
     """Every leaf with ``room`` more slots that hold ``fill``."""
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from memjax.attention.attend import history_positions, host_positions
+from memjax.cache.bounds import bounds_of
 from memjax.cache.layer import LayerCache, commit, encode, fit_codec, init_basis, init_counters
 from memjax.cache.policy import CachePolicy, ModelCache
 from memjax.cache.recurrent import RecurrentCache
@@ -69,7 +70,12 @@ def _quantize(cache: LayerCache, index: int, codec: KeyValueCodec, front: FrontE
     history = dataclasses.replace(history, pos=old.pos, score=old.score, bias=old.bias)
     if cache.host is not None:
         host = pool.store(encode(whole, at, codec, basis, spec), cache.policy.tier.page)
-    return dataclasses.replace(cache, history=history, host=host, policy=policy, basis=basis, refined=refined)
+    cache = dataclasses.replace(cache, history=history, host=host, policy=policy, basis=basis, refined=refined)
+    if cache.bounds is None:
+        return cache
+    pages = jnp.arange(history.slots // cache.layout.page, dtype=jnp.int32)
+    every = jnp.broadcast_to(pages, (spec.batch, pages.size))
+    return dataclasses.replace(cache, bounds=bounds_of(cache, history, every, cache.written))
 
 
 def _check_pages(transform: str, codec: KeyValueCodec, slots: int) -> None:
@@ -109,6 +115,8 @@ def _evict(cache: LayerCache, scores: Array, budget: int, room: int) -> LayerCac
         raise ValueError(f"evict needs a whole history on the device, but policy {cache.policy} keeps none; evict first")
     if cache.layout.tile > 1:
         raise ValueError(f"evict cannot take single tokens out of {cache.policy.codec.name}'s tiles; evict first")
+    if cache.bounds is not None:
+        raise ValueError(f"evict would scatter the tokens of {cache.policy.evictor.name}'s pages; make the cache without it")
     slots, heads = cache.history.slots, cache.spec.kv_heads
     _check_pages("evict", cache.policy.codec, budget + room)
     if not 1 <= budget <= slots or room < 0:

@@ -1,4 +1,4 @@
-"""Evictors: which tokens stay. One method, one file."""
+"""Evictors: which tokens stay, or are read. One method, one file."""
 
 from memjax.evict.dropkv import DropKV
 from memjax.evict.evictor import Budgeted, Evictor
@@ -7,6 +7,7 @@ from memjax.evict.keydiff import KeyDiff
 from memjax.evict.knorm import Knorm
 from memjax.evict.massfold import MassFold
 from memjax.evict.pyramidkv import PyramidKV
+from memjax.evict.quest import Quest
 from memjax.evict.snapkv import SnapKV
 from memjax.evict.streaming import Streaming
 from memjax.evict.tova import Tova
@@ -20,6 +21,7 @@ __all__ = [
     "Knorm",
     "MassFold",
     "PyramidKV",
+    "Quest",
     "SnapKV",
     "Streaming",
     "Tova",
