@@ -2,12 +2,12 @@
 
     python benchmarks/evict_cost.py
 
-One attention layer of Llama-3-8B's shape (32 query heads, 8 kv heads, head_dim 128, bfloat16), a budget of 1,024 tokens,
-chunks of 256, one sequence. Memory: the step that reads a chunk of a prompt (rotation, attention, scores, eviction), compiled
-for caches of 8k and 32k tokens, the cache donated; arguments are the cache and the chunk, temporaries what else it needs.
-Times: of that step, eviction included, and of a decode step, with 1k, 8k and 32k tokens behind it; runs of all policies take
-turns and the fastest of each counts. Texts are random, and written to the cache without being attended to: which tokens stay
-makes no difference to the time. Writes results/evict_cost.{json,md}.
+One attention layer of Llama-3-8B's shape (32 query heads, 8 kv heads, head_dim 128, bfloat16), one sequence, chunks of 256.
+Memory: the step that reads a chunk of a prompt (rotation, attention, scores, eviction), compiled for several lengths of text
+and budgets, the cache donated; arguments are the cache and the chunk, temporaries what else it needs. Times: of that step,
+eviction included, and of a decode step, with 1k, 8k and 32k tokens behind it; runs of all policies take turns and the fastest
+of each counts. Texts are random, and written to the cache without being attended to: which tokens stay makes no difference to
+the time. Writes results/evict_cost.{json,md}.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from memjax.cache.layer import commit
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, KV_HEADS, DIM = 32, 8, 128
-BUDGET, CHUNK = 1024, 256
+BUDGET, CHUNK = 1024, 256  # tokens
 POLICIES = ("dense", "streaming(4,{window})", "h2o({budget})", "tova({budget})", "snapkv({budget})", "knorm({budget})")
 POLICIES += ("keydiff({budget})",)
-CAPACITIES = (8192, 32_768)
+CASES = ((8192, 1024), (32_768, 1024), (32_768, 4096))  # of the memory: capacity and budget
 READ = (1024, 8192, 32_768)
 
 
-def policy(text: str):
+def policy(text: str, budget: int = BUDGET):
     """A policy of the table, with its budget."""
-    return mj.policy(text.format(budget=BUDGET, window=BUDGET - 4))
+    return mj.policy(text.format(budget=budget, window=budget - 4))
 
 
 def layer(capacity: int) -> mj.CacheSpec:
@@ -56,17 +56,18 @@ def shapes(tokens: int) -> list[jax.ShapeDtypeStruct]:
 
 
 @functools.cache
-def compiled(text: str, capacity: int, tokens: int):
+def compiled(text: str, capacity: int, tokens: int, budget: int = BUDGET):
     """The step for one policy, capacity and number of new tokens."""
-    cache = mj.abstract(policy(text), layer(capacity))
+    cache = mj.abstract(policy(text, budget), layer(capacity))
     return jax.jit(step, donate_argnums=0).lower(cache, *shapes(tokens)).compile()
 
 
-def memory(text: str, capacity: int) -> dict:
+def memory(text: str, capacity: int, budget: int) -> dict:
     """Bytes of the prefill step, by the compiler's memory analysis, and of the cache, by the ledger."""
-    found = compiled(text, capacity, CHUNK).memory_analysis()
-    ledger = mj.predict_nbytes(policy(text), layer(capacity)).device
-    row = {"policy": text, "capacity": capacity, "ledger": ledger, "arguments": found.argument_size_in_bytes}
+    found = compiled(text, capacity, CHUNK, budget).memory_analysis()
+    ledger = mj.predict_nbytes(policy(text, budget), layer(capacity)).device
+    row = {"policy": text, "capacity": capacity, "budget": budget, "ledger": ledger}
+    row["arguments"] = found.argument_size_in_bytes
     return row | {"temporaries": found.temp_size_in_bytes, "aliased": found.alias_size_in_bytes}
 
 
@@ -108,45 +109,51 @@ def times(texts: list[str], read: int, repeats: int) -> list[dict]:
 
 
 def name(text: str) -> str:
-    """A policy as it is shown."""
-    return text.format(budget=BUDGET, window=BUDGET - 4)
+    """A policy as it is shown, its budget left out."""
+    return text.partition("(")[0]
 
 
 def report(result: dict) -> str:
     """Markdown."""
-    rows = result["memory"]
     lines = [
         "# What evictors cost and save",
         "",
-        f"One attention layer of Llama-3-8B's shape, bfloat16, budget {BUDGET:,}, chunks of {CHUNK}, one sequence; "
-        f"{result['device']}, jax {result['jax']}. Written by `benchmarks/evict_cost.py`.",
+        f"One attention layer of Llama-3-8B's shape, bfloat16, chunks of {CHUNK}, one sequence; {result['device']}, jax "
+        f"{result['jax']}. Written by `benchmarks/evict_cost.py`.",
         "",
         "## Bytes of the step that reads a chunk",
         "",
-        "Arguments: cache, queries, keys and values. Temporaries: the compiler's, for this backend. MiB.",
+        "MiB. Cache: the ledger's. Arguments: cache, queries, keys and values. Temporaries: what the compiler for this device "
+        "needs besides.",
         "",
-        "| policy | " + " | ".join(f"cache, {c // 1024}k | arguments | temporaries" for c in CAPACITIES) + " |",
-        "|---|" + "--:|--:|--:|" * len(CAPACITIES),
+        "| policy |" + "".join(f" {_case(*case)}: cache | arguments | temporaries |" for case in CASES),
+        "|---|" + "--:|--:|--:|" * len(CASES),
     ]
-    for text in dict.fromkeys(row["policy"] for row in rows):
-        own = [row for row in rows if row["policy"] == text]
-        cells = [f"{row[key] / 2**20:,.2f}" for row in own for key in ("ledger", "arguments", "temporaries")]
-        lines.append(f"| `{name(text)}` | {' | '.join(cells)} |")
-    timed = result["times"]
-    reads = list(dict.fromkeys(row["read"] for row in timed))
-    if not timed:
-        return "\n".join([*lines, ""])
+    for text in dict.fromkeys(row["policy"] for row in result["memory"]):
+        own = [row for row in result["memory"] if row["policy"] == text]
+        cells = [f"{row[key] / 2**20:,.1f}" for row in own for key in ("ledger", "arguments", "temporaries")]
+        lines.append(f"| {name(text)} | {' | '.join(cells)} |")
     titles = {"prefill_ms": f"Reading a chunk of {CHUNK} tokens, eviction included", "decode_ms": "A decode step"}
-    for key, title in titles.items():
-        lines += ["", f"## {title}", "", "Milliseconds, and in brackets the part of the uncompressed cache's.", ""]
-        lines.append("| policy | " + " | ".join(f"{read // 1024}k read" for read in reads) + " |")
-        lines.append("|---|" + "--:|" * len(reads))
-        dense = {row["read"]: row[key] for row in timed if row["policy"] == "dense"}
-        for text in dict.fromkeys(row["policy"] for row in timed):
-            own = {row["read"]: row[key] for row in timed if row["policy"] == text}
-            cells = [f"{own[read]:.2f} ({own[read] / dense[read]:.2f})" for read in reads]
-            lines.append(f"| `{name(text)}` | {' | '.join(cells)} |")
+    for key, title in titles.items() if result["times"] else ():
+        lines += ["", f"## {title}", "", *_times(result["times"], key)]
     return "\n".join([*lines, ""])
+
+
+def _case(capacity: int, budget: int) -> str:
+    return f"{capacity // 1024}k text, budget {budget // 1024}k"
+
+
+def _times(rows: list[dict], key: str) -> list[str]:
+    reads = list(dict.fromkeys(row["read"] for row in rows))
+    lines = [f"Milliseconds, budget {BUDGET // 1024}k; in brackets divided by those of the uncompressed cache.", ""]
+    lines.append("| policy |" + "".join(f" {read // 1024}k read |" for read in reads))
+    lines.append("|---|" + "--:|" * len(reads))
+    dense = {row["read"]: row[key] for row in rows if row["policy"] == "dense"}
+    for text in dict.fromkeys(row["policy"] for row in rows):
+        own = {row["read"]: row[key] for row in rows if row["policy"] == text}
+        cells = [f"{own[read]:.2f} ({own[read] / dense[read]:.2f})" for read in reads]
+        lines.append(f"| {name(text)} | {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:
@@ -156,7 +163,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "evict_cost.json")
     arguments = parser.parse_args()
     result = {"device": f"{jax.devices()[0].device_kind} ({platform.machine()})", "jax": jax.__version__, "times": []}
-    result["memory"] = [memory(text, capacity) for text in POLICIES for capacity in CAPACITIES]
+    result["memory"] = [memory(text, *case) for text in POLICIES for case in CASES]
     for row in result["memory"]:
         print(json.dumps(row), flush=True)
     for read in arguments.read if arguments.repeats else ():
