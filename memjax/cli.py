@@ -23,6 +23,7 @@ app = typer.Typer(
 _POLICY_HELP = "How the cache is made small, such as 'dense', 'int4(rotate=true)' or 'streaming(4,1020)+int8+host(256)'."
 _MODEL_HELP = "smollm2-135m, a GGUF file, a checkpoint folder, or a hub id owner/name."
 Model = Annotated[str, typer.Option("--model", "-m", help=_MODEL_HELP)]
+_SUITES_HELP = " Default: the suite's. In the suite evict with an open budget, such as 'snapkv({budget})'."
 _PLOTS = (".png", ".pdf", ".svg")
 notes = Console(stderr=True)
 
@@ -201,18 +202,21 @@ def _report(rows: list[dict], json_file: Path | None, plot_file: Path | None) ->
 
 @app.command("eval")
 def evaluate(
-    suite: Annotated[str, typer.Option(help="What to run: kv, the codecs of a cache over a novel and a code file.")] = "kv",
+    suite: Annotated[str, typer.Option(help="What to run: kv, codecs over a novel and a code file; evict, evictors.")] = "kv",
     model: Model = "smollm2-135m",
-    policy: Annotated[list[str] | None, typer.Option("--policy", "--kv", help=_POLICY_HELP + " Default: the suite's.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to read from each text's beginning.")] = 1024,
+    policy: Annotated[list[str] | None, typer.Option("--policy", "--kv", help=_POLICY_HELP + _SUITES_HELP)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Read from each text's beginning; default: 1024, evict: 4096.")] = None,
     setting: Annotated[str, typer.Option(help="static (the papers'), accumulated (as in use) or both.")] = "both",
     retrieval: Annotated[bool, typer.Option(help="Ask for pass keys that were hidden at several depths.")] = True,
     retrieval_tokens: Annotated[int, typer.Option(help="Length of the text that hides them.")] = 4000,
     sample: Annotated[int, typer.Option(help="Generate so many tokens after each text; 0: none.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all results here.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write the Pareto plot here (png, pdf, svg).")] = None,
-    chunk: Annotated[int, typer.Option(help="Tokens read at a time.")] = 128,
+    chunk: Annotated[int | None, typer.Option(help="Tokens read at a time; default: 128, evict: 256.")] = None,
     cache_dtype: Annotated[str, typer.Option(help="Dtype of what is not quantized.")] = "bfloat16",
+    fraction: Annotated[list[float] | None, typer.Option(help="evict: kept part of the tokens. May be repeated.")] = None,
+    depth: Annotated[list[float] | None, typer.Option(help="evict: where a key is hidden, 0 to 1. May be repeated.")] = None,
+    continuation: Annotated[int, typer.Option(help="evict: tokens behind the text, which are measured.")] = 256,
 ) -> None:
     """Run a suite: quality with intervals beside realised bytes, pass keys, and samples, for each policy."""
     from memjax.evaluate.report import evaluation_tables, pareto_plot, save_json
@@ -220,6 +224,14 @@ def evaluate(
     from memjax.evaluate.suite import evaluate as run
 
     _check_targets(json_file, plot_file)
+    if suite == "evict":
+        if setting != "both" or sample:
+            raise ValueError("the suite evict has no --setting and no --sample: it reads as in use and asks for keys")
+        options = {"methods": policy, "fractions": fraction, "depths": depth if retrieval else (), "tokens": tokens}
+        options |= {"chunk": chunk, "continuation": continuation, "cache_dtype": cache_dtype}
+        _evaluate_eviction(model, {k: v for k, v in options.items() if v is not None}, json_file, plot_file)
+        return
+    tokens, chunk = 1024 if tokens is None else tokens, 128 if chunk is None else chunk
     if retrieval and retrieval_tokens < 1:
         raise ValueError(f"--retrieval-tokens must be at least 1, got {retrieval_tokens}; --no-retrieval leaves it out")
     wanted = Evaluation(
@@ -235,6 +247,23 @@ def evaluate(
         save_json(result, json_file)
     if plot_file is not None:
         pareto_plot(result, plot_file)
+
+
+def _evaluate_eviction(model: str, options: dict, json_file: Path | None, plot_file: Path | None) -> None:
+    from memjax.evaluate.eviction import EvictionEvaluation, evaluate_eviction
+    from memjax.evaluate.eviction_report import eviction_plot, eviction_table
+    from memjax.evaluate.report import save_json
+
+    wanted = EvictionEvaluation(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
+    lm = _load(model)
+    with _bars() as progress:
+        task = progress.add_task("reading", total=wanted.steps())
+        result = evaluate_eviction(lm, wanted, lambda done: progress.update(task, advance=1, description=done))
+    _console().print(eviction_table(result))
+    if json_file is not None:
+        save_json(result, json_file)
+    if plot_file is not None:
+        eviction_plot(result, plot_file)
 
 
 @app.command()

@@ -137,7 +137,7 @@ class Reading:
         return np.concatenate(self.kld)
 
     def measure(self, wanted: Array, found: Array, following: Array) -> None:
-        kld, agree, nll = (np.asarray(x) for x in _metrics(wanted, found, following))
+        kld, agree, nll = (np.asarray(x) for x in token_metrics(wanted, found, following))
         if not np.isfinite(kld).all():
             token = sum(map(len, self.kld)) + int(np.argmin(np.isfinite(kld)))
             raise FloatingPointError(f"{self.job.policy} gave NaN at token {token}; try another policy or cache dtype")
@@ -263,7 +263,7 @@ class Reader:
 
 
 @jax.jit
-def _metrics(wanted: Float[Array, "T V"], found: Float[Array, "T V"], following: Int[Array, "F"]):
+def token_metrics(wanted: Float[Array, "T V"], found: Float[Array, "T V"], following: Int[Array, "F"]):
     """KL divergence and top-1 agreement per position; negative log-likelihood where a next token is known."""
     reference, policy = jax.nn.log_softmax(wanted), jax.nn.log_softmax(found)
     kld = jnp.sum(jnp.exp(reference) * (reference - policy), axis=-1)

@@ -1,4 +1,8 @@
-"""Pass-key retrieval: a number hidden in a long text, asked for at its end (the task of arXiv 2305.16300)."""
+"""Pass-key retrieval: a number hidden in a long text, asked for at its end (the task of arXiv 2305.16300).
+
+With several keys in the text and one of them asked for (RULER's multi-key task, arXiv 2404.06654), a cache cannot keep what
+looks important: it is the question that tells which key matters.
+"""
 
 from __future__ import annotations
 
@@ -32,33 +36,46 @@ class Passkey:
     @property
     def statement(self) -> str:
         """What is hidden in the text."""
-        return f"\n\nThe secret pass key is {self.key}. Remember it. {self.key} is the secret pass key.\n\n"
+        return _statement("secret", self.key)
 
     @property
     def question(self) -> str:
         """What is asked after it: a sentence to complete, which even small base models understand."""
-        return "\n\nThe secret pass key is"
+        return _question("secret")
+
+    def statements(self) -> list[tuple[float, str]]:
+        """Everything that is hidden, each with its depth."""
+        return [(self.depth, self.statement)]
 
     def hide(self, tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
-        """``tokens`` with the statement in them, cut to the same length.
+        """``tokens`` with the statements in them, cut to the same length.
 
         Raises:
-          ValueError: the text is no longer than the statement.
+          ValueError: the text is no longer than what is to be hidden.
         """
-        statement = tokenizer.encode(self.statement, add_bos=False)
-        room = len(tokens) - len(statement)
+        hidden = sorted((depth, tokenizer.encode(text, add_bos=False)) for depth, text in self.statements())
+        taken = sum(len(statement) for _, statement in hidden)
+        room = len(tokens) - taken
         if room < 1:
-            raise ValueError(f"a text of {len(tokens)} tokens cannot hide a pass key of {len(statement)} tokens")
-        at = round(self.depth * room)
-        return [*tokens[:at], *statement, *tokens[at:room]]
+            raise ValueError(f"a text of {len(tokens)} tokens cannot hide a pass key of {taken} tokens")
+        found, start = [], 0
+        for depth, statement in hidden:
+            at = round(depth * room)
+            found += [*tokens[start:at], *statement]
+            start = at
+        return [*found, *tokens[start:room]]
 
     def question_tokens(self, tokenizer: Tokenizer) -> list[int]:
         """Ids of the question."""
         return tokenizer.encode(self.question, add_bos=False)
 
+    def answer_tokens(self, tokenizer: Tokenizer) -> list[int]:
+        """Ids of the right answer."""
+        return tokenizer.encode(f" {self.key}", add_bos=False)
+
     def answer_length(self, tokenizer: Tokenizer) -> int:
         """Tokens that the right answer takes."""
-        return len(tokenizer.encode(f" {self.key}", add_bos=False))
+        return len(self.answer_tokens(tokenizer))
 
     def judge(self, tokenizer: Tokenizer, answer: Sequence[int]) -> dict[str, object]:
         """The row's keys passkey, passkey_depth, passkey_answer, passkey_found (all digits right)."""
@@ -69,3 +86,38 @@ class Passkey:
             "passkey_answer": text,
             "passkey_found": text == self.key,
         }
+
+
+@dataclass(frozen=True)
+class Multikey(Passkey):
+    """One key of several: the red one, at ``depth``; the others lie evenly around it.
+
+    >>> [round(depth, 2) for depth, _ in Multikey(depth=0.5).statements()]
+    [0.5, 0.75, 0.0, 0.25]
+    """
+
+    others: tuple[tuple[str, str], ...] = (("blue", "18530"), ("green", "96047"), ("white", "35162"))
+
+    @property
+    def statement(self) -> str:
+        """What is hidden of the key that is asked for."""
+        return _statement("red", self.key)
+
+    @property
+    def question(self) -> str:
+        """It names the key."""
+        return _question("red")
+
+    def statements(self) -> list[tuple[float, str]]:
+        """The wanted key's and the others'."""
+        step = 1 / (len(self.others) + 1)
+        others = [((self.depth + i * step) % 1, _statement(*other)) for i, other in enumerate(self.others, 1)]
+        return [*super().statements(), *others]
+
+
+def _statement(kind: str, key: str) -> str:
+    return f"\n\nThe {kind} pass key is {key}. Remember it. {key} is the {kind} pass key.\n\n"
+
+
+def _question(kind: str) -> str:
+    return f"\n\nThe {kind} pass key is"

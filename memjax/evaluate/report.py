@@ -14,9 +14,9 @@ from rich.table import Table
 from memjax.cache.parse import policy as parse
 from memjax.evaluate.compare import Row
 
-_SMALLEST_KLD = 1e-7  # what float32 can tell from zero; lower values are drawn here
-_COLOURS = ("#1f5fa8", "#c8682b", "#2c8a4a", "#b0303a", "#7a4fa3", "#7d5a45", "#c2519b", "#5c5c5c", "#7f7f12", "#138a99")
-_COLOURS += ("#000000", "#e08f00", "#86b300", "#6f8fd6")
+SMALLEST_KLD = 1e-7  # what float32 can tell from zero; lower values are drawn here
+COLOURS = ("#1f5fa8", "#c8682b", "#2c8a4a", "#b0303a", "#7a4fa3", "#7d5a45", "#c2519b", "#5c5c5c", "#7f7f12", "#138a99")
+COLOURS += ("#000000", "#e08f00", "#86b300", "#6f8fd6")
 _BIT_TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 Box = tuple[float, float, float, float]  # left, bottom, right, top in pixels
 _BESIDE = [(9, 0, "left"), (-9, 0, "right"), (0, 13, "center"), (0, -13, "center")]
@@ -88,7 +88,7 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     sizes = [(row["bytes_device"] + row["bytes_host"] + row["bytes_disk"]) / 2**20 for row in rows]
-    losses = [max(row["kld_mean"], _SMALLEST_KLD) for row in rows]
+    losses = [max(row["kld_mean"], SMALLEST_KLD) for row in rows]
     axes.set(xscale="log", yscale="log")
     axes.set_xlabel("cache, MiB on all tiers")
     axes.set_ylabel("mean KL divergence to the uncompressed model, nats per token")
@@ -184,7 +184,7 @@ def pareto_plot(result: Mapping, path: str | Path) -> None:
     rows = result["rows"]
     settings, texts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("setting", "text"))
     names = list(dict.fromkeys(row["name"] for row in rows))
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     size = (6.8 * len(texts), 5.0 * len(settings) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
@@ -254,13 +254,13 @@ def _coordinates(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
         same = sorted((i for i, other in enumerate(bits) if other == x), key=lambda i: rows[i]["kld_mean"])
         for place, i in enumerate(same):
             xs[i] = x * math.exp(step * (place - (len(same) - 1) / 2))
-    return xs, [max(row["kld_mean"], _SMALLEST_KLD) for row in rows]
+    return xs, [max(row["kld_mean"], SMALLEST_KLD) for row in rows]
 
 
 def _span(row: Row) -> tuple[float, float]:
     """The interval as drawn; it holds the mean as drawn."""
-    mean = max(row["kld_mean"], _SMALLEST_KLD)
-    return min(max(row["kld_low"], _SMALLEST_KLD), mean), max(row["kld_high"], mean)
+    mean = max(row["kld_mean"], SMALLEST_KLD)
+    return min(max(row["kld_low"], SMALLEST_KLD), mean), max(row["kld_high"], mean)
 
 
 def _obstacles(axes, rows: Sequence[Row]) -> list[Box]:

@@ -108,7 +108,7 @@ class Evaluation:
 
     def __post_init__(self):
         if self.suite not in SUITES:
-            raise ValueError(f"unknown suite {self.suite!r}; the known ones are {', '.join(SUITES)}")
+            raise ValueError(f"unknown suite {self.suite!r}; the known ones are {', '.join(SUITES)}, evict")
         if self.setting not in (*SETTINGS, "both"):
             raise ValueError(f"unknown setting {self.setting!r}; it is one of {', '.join(SETTINGS)}, both")
         parsed = [policy for _, policy in self.parsed()]

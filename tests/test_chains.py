@@ -1,0 +1,120 @@
+"""Every evictor with every codec and every kind of window: it works, or it is refused where it is said, with a reason."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from cache_helpers import BATCH, DIM, HEADS, SPEC, plain, qkv, quick_jit
+
+import memjax as mj
+from memjax.cache.layer import commit
+from memjax.cache.parse import PARTS
+from memjax.evict import Streaming
+
+BUDGET = 20
+EVICTORS = ("streaming(2,18)", "h2o(20)", "tova(20)", "snapkv(20,window=4)", "pyramidkv(20)", "knorm(20)", "keydiff(20)")
+CODECS = ("dense", "int8", "int4(rotate=true)", "int2(rotate=true)", "fp8", "nf4", "nvfp4", "turboquant(3,2)")
+CODECS += ("kivi(2,8)", "kvarn(4,2,8)", "zipcache(4,2,16,8,0.5)", "progressive(page=8,share=0.0)", "auto")
+WINDOWS = {"none": "protect(0,0)", "recent": "protect(2,6)"}
+# Codecs that a budget cannot go with, and why.
+NEIGHBOURS = dict.fromkeys(("kivi", "kvarn", "zipcache"), "codes tiles of") | {"progressive": "reads pages of"}
+NOT_CODECS = {"host", "protect", "kernels", "dense"}
+
+
+def name(text: str) -> str:
+    return text.partition("(")[0]
+
+
+def chained(*texts: str):
+    """Chained part by part, as a user does it in Python."""
+    return mj.chain(*map(mj.policy, texts))
+
+
+def impossible(evictor: str, codec: str) -> str | None:
+    """Why a budget cannot go with a codec: the reason that has to be named."""
+    return None if name(evictor) == "streaming" else NEIGHBOURS.get(name(codec))
+
+
+def test_the_table_names_every_part():
+    """A new evictor or codec has to take a row here."""
+    evictors = {each for each in PARTS if mj.policy(f"{each}(8)" if each != "dense" else each).evictor is not None}
+    assert {name(each) for each in EVICTORS} == evictors
+    assert {name(each) for each in CODECS} - {"dense"} == set(PARTS) - evictors - NOT_CODECS
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("evictor", EVICTORS)
+def test_every_chain_is_made_or_refused(evictor, window):
+    for codec in CODECS:
+        reason = impossible(evictor, codec)
+        if reason is None:
+            _check_made(chained(evictor, codec, WINDOWS[window]))
+            continue
+        with pytest.raises(ValueError, match=f"{name(codec)}.* {reason} .*{name(evictor)}"):
+            chained(evictor, codec)
+        with pytest.raises(ValueError, match=reason):
+            chained(WINDOWS[window], codec, evictor)
+
+
+def _check_made(policy):
+    """It is what it prints, its bytes are those that were predicted, and its slots those of the budget."""
+    assert mj.policy(str(policy)) == policy
+    specs = [SPEC] * (30 if policy.codec.name == "auto" else 2)  # its bits were measured on a model of 30 layers
+    caches = mj.abstract(policy, specs)
+    assert mj.nbytes(caches) == mj.predict_nbytes(policy, specs)
+    places = [cache.layout for cache in caches]
+    kept = sum(place.sinks + place.kept + place.slots for place in places)
+    unit = max(policy.codec.tile, policy.codec.page)  # a ring of tiles or pages keeps the one that is half gone
+    assert BUDGET * len(specs) <= kept < (BUDGET + unit) * len(specs)
+    assert unit > 1 or kept == BUDGET * len(specs)
+    assert {place.judge is None for place in places} == {isinstance(policy.evictor, Streaming)}
+
+
+def test_a_budget_and_the_host_tier_are_refused():
+    for evictor in EVICTORS[1:]:
+        with pytest.raises(ValueError, match=f"{name(evictor)} scatters tokens over slots"):
+            chained(evictor, "host(8,4)")
+    assert chained(EVICTORS[0], "host(8,4)").tier is not None
+
+
+@pytest.mark.parametrize("evictor", EVICTORS[1:])
+def test_windows_that_leave_nothing_to_choose_are_refused(evictor):
+    """The capacity is known to ``init`` only; the usual windows protect 68 tokens."""
+    with pytest.raises(ValueError, match="a budget of 20 tokens leaves none to choose besides the 68"):
+        mj.policy(evictor).init(SPEC)
+
+
+# ---- running: each evictor and each codec that it may be chained with -----------------------------------------------
+
+_FREE = [codec for codec in CODECS if name(codec) not in NEIGHBOURS and codec != "auto"]
+RUNS = [(evictor, _FREE[(i + 1) % len(_FREE)], "none" if i % 2 else "recent") for i, evictor in enumerate(EVICTORS)]
+RUNS += [("streaming(2,18)", "kvarn(4,2,8)", "none"), ("streaming(2,18)", "zipcache(4,2,16,8,0.5)", "recent")]
+RUNS += [("streaming(2,18)", "progressive(page=8,share=0.0)", "none")]
+
+
+@functools.cache
+def step(policy):
+    """A chunk, jitted for one policy."""
+    return quick_jit(lambda cache, q, k, v: mj.attend(mj.update(cache, k, v, queries=q), q))
+
+
+@pytest.mark.parametrize(("evictor", "codec", "window"), RUNS, ids=lambda each: name(each))
+def test_chains_run(evictor, codec, window):
+    """Two chunks, the second of which evicts: finite outputs, as many tokens as promised, the same pytree, the same bytes."""
+    policy = plain(str(chained(evictor, codec, WINDOWS[window])))
+    cache, tokens = policy.init(SPEC), qkv(5, tokens=48)
+    before = jax.tree.map(lambda x: (x.shape, x.dtype), cache)
+    for start in (0, 24):
+        out, cache = step(policy)(cache, *(x[:, start : start + 24] for x in tokens))
+        assert out.shape == (BATCH, 24, HEADS * 2, DIM)
+        assert np.isfinite(np.asarray(out)).all()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == before
+    assert mj.nbytes(cache) == mj.predict_nbytes(policy, SPEC)
+    assert np.asarray(commit(cache).length).tolist() == [48] * BATCH
+    if cache.layout.judge is not None:
+        held = np.asarray(cache.history.pos)
+        assert (held >= 0).sum(-1).tolist() == [[cache.layout.slots] * HEADS] * BATCH
+        assert all(len(set(each)) == cache.layout.slots for row in held for each in row.tolist())
+        assert (held < 48 - cache.layout.kept).all()
+        assert (held >= cache.layout.sinks).all()
