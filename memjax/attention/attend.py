@@ -120,14 +120,15 @@ class _Reader:
             "window": self.spec.window,
             "recent": self.place.recent,
             "sinks": self.place.sinks,
+            "centre": centre,
             "implementation": implementation,
         }
         q = q[..., :coded]
-        if self.in_blocks and q_pos is None and centre is None:
+        if self.in_blocks and q_pos is None:
             start = self.positions[:, 0]
             return prefill(q, segment.k, segment.v, q_start=start, groups=self.groups, **arguments)
         q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
-        return decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, **arguments)
+        return decode(q, segment.k, segment.v, q_pos=q_pos, **arguments)
 
     def recent_parts(self):
         """Sinks, tail and staged tokens: all dense, so one segment (without the sinks if those see other queries).
