@@ -47,8 +47,7 @@ def why_not(on: Target, arguments: dict) -> str | None:
         refusal = _factor_refusal(codes, name, values=name == "values" or (name == "keys" and v is None))
         if refusal:
             return refusal
-    refusal = None if arguments.get("table") is None else _page_refusal(k.slots, arguments.get("page") or k.slots)
-    return refusal
+    return None if arguments.get("table") is None else _page_refusal(k.slots, arguments.get("page") or k.slots)
 
 
 def _page_refusal(block: int, page: int) -> str | None:
