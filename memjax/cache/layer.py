@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.layout import Layout, layout
@@ -30,7 +30,7 @@ from memjax.offload import pool
 from memjax.pallas_kernels.codes import Codes, dense
 from memjax.quantize.calibration import load_basis
 from memjax.quantize.codec import Dense, KeyValueCodec
-from memjax.quantize.front import Basis, empty_basis, measure, observe, prepare_keys, prepare_values
+from memjax.quantize.front import Basis, empty_basis, measure, observe, prepare_keys, prepare_values, value_weight
 
 if TYPE_CHECKING:
     from memjax.cache.policy import CachePolicy
@@ -56,7 +56,7 @@ class Segment:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sinks", "history", "host", "tail", "staged", "staged_count", "length", "written", "basis"],
+    data_fields=["sinks", "history", "host", "tail", "staged", "staged_count", "staged_weight", "length", "written", "basis"],
     meta_fields=["policy", "spec"],
 )
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class LayerCache:
         lie in pages, see ``memjax.offload.pool``.
       staged: tokens given to ``update`` and not committed yet, [B, K, H, T], exact; None after ``attend``.
       staged_count: int32 [B], how many of the staged tokens are real (the others are padding).
+      staged_weight: float32 [K, H], what the staged values count for in the layer's output, if the front end is about to
+        measure them; None if nobody said so.
       length: int32 [B], tokens committed.
       written: int32 [B], tokens that have entered the history.
       basis: statistics in which the history is coded; None without a front end.
@@ -80,6 +82,7 @@ class LayerCache:
     tail: Segment | None
     staged: Segment | None
     staged_count: Array | None
+    staged_weight: Array | None
     length: Array
     written: Array
     basis: Basis | None
@@ -115,6 +118,7 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
         tail=segment(place.tail, Dense()),
         staged=None,
         staged_count=None,
+        staged_weight=None,
         length=jnp.zeros((spec.batch,), jnp.int32),
         written=jnp.zeros((spec.batch,), jnp.int32),
         basis=init_basis(policy, spec, layer) if place.slots else None,
@@ -175,37 +179,73 @@ def update(
         extra=dense(k[:, :, spec.coded_dim :]) if spec.extra_dim else None,
     )
     cache = dataclasses.replace(cache, staged=staged, staged_count=count)
-    if cache.basis is None or cache.policy.resolved_front().calibration:
-        return cache
-    return _measured(cache, queries, output_projection)
+    return _observed(cache, queries, output_projection) if _measures(cache) else cache
 
 
-def _measured(cache: LayerCache, queries: Array | None, output_projection: Array | None) -> LayerCache:
-    """The cache with the basis of rows whose first token leaves for the history with what is staged now."""
-    spec, basis, place = cache.spec, cache.basis, cache.layout
-    tokens = cache.staged.slots
+def _measures(cache: LayerCache) -> bool:
+    """Whether the basis comes from the row's own tokens."""
+    return cache.basis is not None and not cache.policy.resolved_front().calibration
+
+
+def _starts(cache: LayerCache) -> Bool[Array, "B"]:
+    """Rows whose first token leaves for the history with what is staged now."""
+    return (cache.written == 0) & (leaving_count(cache) > 0)
+
+
+def _observed(cache: LayerCache, queries: Array | None, output_projection: Array | None) -> LayerCache:
+    """The cache with what ``_measured`` will need of a step and cannot ask for later."""
+    spec, basis, weight = cache.spec, cache.basis, None
     if queries is not None:
-        at = staged_positions(cache, tokens)
+        at = staged_positions(cache, cache.staged.slots)
         if isinstance(spec.rope, Rope):
             queries = apply_rope(queries, at, spec.rope, spec.capacity)
         basis = observe(basis, queries, at - cache.length[:, None] < cache.staged_count[:, None])
-    first = (cache.written == 0) & (leaving_count(cache) > 0)
+    if output_projection is not None and basis.v_balance is not None:
+        # Most steps would read the projection for nothing.
+        weight = jax.lax.cond(
+            jnp.any(_starts(cache)),
+            lambda projection: value_weight(projection, spec),
+            lambda projection: jnp.zeros((spec.kv_heads, spec.value_dim), jnp.float32),
+            output_projection,
+        )
+    return dataclasses.replace(cache, basis=basis, staged_weight=weight)
 
-    def measured(basis: Basis) -> Basis:
-        staged, position = _cast(cache.staged, jnp.float32), staged_positions(cache, tokens)
-        real = position - cache.length[:, None] < cache.staged_count[:, None]
-        if cache.tail is not None:  # nothing has left it yet: slot j holds token sinks + something that is j modulo the tail
-            tail, slot = _cast(cache.tail, jnp.float32), jnp.arange(place.tail, dtype=jnp.int32)
+
+def _measured(caches: list[LayerCache]) -> list[LayerCache]:
+    """Caches that look alike, with the basis of rows whose first token is about to enter the history.
+
+    Nothing reads a row's basis before that, so it can wait for the commit, where the layers of a decode step share a program.
+    """
+    if not _measures(caches[0]):
+        return caches
+    spec, place = caches[0].spec, caches[0].layout
+    each = [(x.staged, x.tail, x.basis, x.staged_weight, x.length, x.staged_count, _starts(x)) for x in caches]
+
+    def measured(staged, tail, basis, weight, length, count, first) -> Basis:
+        staged = _cast(staged, jnp.float32)
+        position = length[:, None] + jnp.arange(staged.slots, dtype=jnp.int32)
+        real = position - length[:, None] < count[:, None]
+        if tail is not None:  # nothing has left it yet: slot j holds token sinks + something that is j modulo the tail
+            tail, slot = _cast(tail, jnp.float32), jnp.arange(place.tail, dtype=jnp.int32)
             held = place.sinks + (slot - place.sinks) % place.tail
             staged = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), tail, staged)
             position = jnp.concatenate([jnp.broadcast_to(held, (spec.batch, place.tail)), position], axis=-1)
-            real = jnp.concatenate([held < cache.length[:, None], real], axis=-1)
+            real = jnp.concatenate([held < length[:, None], real], axis=-1)
         real &= position >= place.sinks
         v = None if staged.v is None else staged.v.data
-        new = measure(basis, staged.k.data, v, position[:, None], real[:, None], spec, output_projection)
+        new = measure(basis, staged.k.data, v, position[:, None], real[:, None], spec, weight)
         return jax.tree.map(lambda a, b: jnp.where(first[:, None, None], a, b), new, basis)
 
-    return dataclasses.replace(cache, basis=jax.lax.cond(jnp.any(first), measured, lambda basis: basis, basis))
+    def all_measured(each: list) -> list[Basis]:
+        if len(each) == 1:
+            return [measured(*each[0])]
+        # One after the other: it happens once, and a loop's body compiles faster than a program for all.
+        together = jax.lax.map(lambda one: measured(*one), jax.tree.map(lambda *x: jnp.stack(x), *each))
+        return [jax.tree.map(lambda x, i=i: x[i], together) for i in range(len(each))]
+
+    anything = functools.reduce(jnp.logical_or, [jnp.any(first) for *_, first in each])
+    found = jax.lax.cond(anything, all_measured, lambda each: [basis for _, _, basis, *_ in each], each)
+    return [dataclasses.replace(cache, basis=basis) for cache, basis in zip(caches, found, strict=True)]
 
 
 def _check_new_tokens(spec: CacheSpec, k: Array, v: Array | None, lengths: Array | None) -> None:
@@ -231,11 +271,11 @@ def staged_positions(cache: LayerCache, tokens: int) -> Int[Array, "B T"]:
 
 def commit(cache: LayerCache) -> LayerCache:
     """Moves the staged tokens to where they belong: sinks, tail, or, encoded, the history."""
-    return cache if cache.staged is None else _moved(cache, *_commit_history([cache])[0])
+    return cache if cache.staged is None else _commit_alike([cache])[0]
 
 
 def commit_all(caches: Sequence) -> tuple:
-    """``commit`` for every layer of a model; layers of one codec and shape encode their tokens together.
+    """``commit`` for every layer of a model; layers of one codec and shape measure and encode their tokens together.
 
     That is one program instead of one per layer, which is much of what a decode step takes to compile, and one launch. The
     tokens of all layers are staged until then: for a step of few tokens.
@@ -243,14 +283,19 @@ def commit_all(caches: Sequence) -> tuple:
     groups: dict[tuple, list[int]] = {}
     for i, cache in enumerate(caches):
         if getattr(cache, "staged", None) is not None:
-            arrays, structure = jax.tree.flatten((cache.staged, cache.tail, cache.basis))
+            arrays, structure = jax.tree.flatten((cache.staged, cache.tail, cache.basis, cache.staged_weight))
             shapes = tuple((x.shape, x.dtype) for x in arrays)
             groups.setdefault((cache.policy.codec, cache.spec, cache.layout, structure, shapes), []).append(i)
     done = list(caches)
     for members in groups.values():
-        for i, found in zip(members, _commit_history([caches[i] for i in members]), strict=True):
-            done[i] = _moved(caches[i], *found)
+        for i, found in zip(members, _commit_alike([caches[i] for i in members]), strict=True):
+            done[i] = found
     return tuple(done)
+
+
+def _commit_alike(caches: list[LayerCache]) -> list[LayerCache]:
+    caches = _measured(caches)
+    return [_moved(cache, *found) for cache, found in zip(caches, _commit_history(caches), strict=True)]
 
 
 def _moved(cache: LayerCache, history: Segment | None, host: Segment | None, written: Array) -> LayerCache:
@@ -270,6 +315,7 @@ def _moved(cache: LayerCache, history: Segment | None, host: Segment | None, wri
         tail=tail,
         staged=None,
         staged_count=None,
+        staged_weight=None,
         length=start + count,
         written=written,
     )

@@ -173,9 +173,9 @@ def measure(
     position: Int[Array, "B 1|K T"],
     real: Bool[Array, "B 1|K T"],
     spec: CacheSpec,
-    output_projection: Float[Array, "N H D"] | None,
+    v_weight: Float[Array, "K H"] | None,
 ) -> Basis:
-    """The basis that tokens give, keys as they are cached; without the output projection values are not balanced."""
+    """The basis that tokens give, keys as they are cached; without ``value_weight`` values are not balanced."""
     count = jnp.maximum(jnp.sum(real, axis=-1, keepdims=True), 1).astype(jnp.float32)
 
     def mean(x: Array) -> Array:
@@ -193,12 +193,16 @@ def measure(
     known = jnp.any(basis.q_square > 0, axis=(1, 2), keepdims=True)
     k_balance = jnp.where(known, _balance(basis.q_square, mean(jnp.square(centred_keys(found, k, position, spec)))), 1.0)
     found = dataclasses.replace(found, k_balance=k_balance)
-    if v is None or output_projection is None:
+    if v is None or v_weight is None:
         return found
-    value_weight = jnp.sum(jnp.square(output_projection.astype(jnp.float32)), axis=-1)
-    value_weight = jnp.sum(value_weight.reshape(spec.kv_heads, -1, spec.value_dim), axis=1)
     spread = jnp.square(v.astype(jnp.float32) - (0.0 if found.v_mean is None else found.v_mean[..., None]))
-    return dataclasses.replace(found, v_balance=_balance(value_weight, mean(spread)))
+    return dataclasses.replace(found, v_balance=_balance(v_weight, mean(spread)))
+
+
+def value_weight(output_projection: Float[Array, "N H D"], spec: CacheSpec) -> Float[Array, "K H"]:
+    """What channels of the values count for: squared norms of the output projection's rows, over the heads of a group."""
+    squares = jnp.sum(jnp.square(output_projection.astype(jnp.float32)), axis=-1)
+    return jnp.sum(squares.reshape(spec.kv_heads, -1, spec.value_dim), axis=1)
 
 
 def _balance(weight: Array, power: Array) -> Array:
