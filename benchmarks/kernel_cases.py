@@ -219,12 +219,31 @@ def _copied(case: Case, cache, vectors: int) -> tuple[int | None, None, int]:
     return stored * max(LANES // case.page, 1), None, 1
 
 
+def _add_centre(case: Case, arrays: dict) -> None:
+    """The weights of a centring term for the rows of ``arrays["q"]``, if the case has one."""
+    import jax
+    import jax.numpy as jnp
+
+    if case.centre:
+        arrays["weights"] = jax.ShapeDtypeStruct((*arrays["q"].shape[:3], 2 * ROPE_PAIRS), jnp.float32)
+
+
+def _with_centre(arrays: dict) -> dict:
+    """``arrays`` with the term in place of its weights."""
+    import numpy as np
+
+    from memjax.pallas_kernels.decode import Centre
+
+    rest = dict(arrays)
+    weights = rest.pop("weights", None)
+    return rest if weights is None else rest | {"centre": Centre(weights, 5e5 ** -(np.arange(ROPE_PAIRS) / ROPE_PAIRS))}
+
+
 def _decode(case: Case) -> Program:
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
-    from memjax.pallas_kernels.decode import Centre, decode
+    from memjax.pallas_kernels.decode import decode
 
     model, lead, slots = _shape(case)
     heads, dim, rows = model["kv_heads"], model["head_dim"], model["groups"] * case.tokens
@@ -239,17 +258,14 @@ def _decode(case: Case) -> Program:
     }
     if case.bias:
         arrays["bias"] = jax.ShapeDtypeStruct((case.batch, heads, case.slots), jnp.float32)
-    if case.centre:
-        arrays["weights"] = jax.ShapeDtypeStruct((case.batch, heads, rows, 2 * ROPE_PAIRS), jnp.float32)
-    frequencies = 5e5 ** -(np.arange(ROPE_PAIRS) / ROPE_PAIRS)
+    _add_centre(case, arrays)
 
     def function(arrays):
-        rest = dict(arrays)
-        q, k, v, weights = rest.pop("q"), rest.pop("k"), rest.pop("v"), rest.pop("weights", None)
-        centre = None if weights is None else Centre(weights, frequencies)
+        rest = _with_centre(arrays)
+        q, k, v = rest.pop("q"), rest.pop("k"), rest.pop("v")
         options = {"softcap": case.softcap, "window": model.get("window"), "mass": case.mass} | _paging(case)
         with _steps(case):
-            return decode(q, k, v, scale=dim**-0.5, centre=centre, implementation="pallas", **options, **rest)
+            return decode(q, k, v, scale=dim**-0.5, implementation="pallas", **options, **rest)
 
     vectors = case.batch * heads * case.slots
     return Program(function, (arrays,), (), "memjax_decode", (keys, values), vectors, *_copied(case, (keys, values), vectors))
@@ -297,11 +313,12 @@ def _prefill(case: Case) -> Program:
         "q_start": jax.ShapeDtypeStruct((case.batch,), jnp.int32),
         **_cache(case),
     }
+    _add_centre(case, arrays)
 
     def function(arrays):
         window = model.get("window")
         options = {"window": window, "implementation": "pallas"} | _paging(case)
-        return prefill(**arrays, groups=groups, scale=dim**-0.5, **options)
+        return prefill(**_with_centre(arrays), groups=groups, scale=dim**-0.5, **options)
 
     vectors = case.batch * heads * case.slots
     return Program(function, (arrays,), (), "memjax_prefill", (keys, values), vectors)
@@ -405,6 +422,7 @@ def decode_cases() -> list[Case]:
     models = ("smollm2-135m", "gemma-3-4b", "dim 64", "dim 80")
     found += [Case(model=model, keys="int4", values="int4") for model in models]
     found += [Case(keys="int4", values="int4", **{flag: True}) for flag in ("array", "bias", "mass", "centre")]
+    found += [Case(keys="int4", values="int4", array=True, centre=True, page=page) for page in (None, 256)]
     found += [Case(keys="int4", values="int4", tokens=4), Case(softcap=50.0), Case(batch=1)]
     return found
 
@@ -418,6 +436,7 @@ def other_cases() -> list[Case]:
     found += [Case(keys=keys, values=keys, **chunk) for keys in ("bf16", "int8", "int4", "int3")]
     found += [Case(keys="int2 by 128 slots, gain by slot", values="int2, gain by 128 slots", **chunk)]
     found += [Case(keys="int4", values="int4", page=page, **chunk) for page in (64, 256)]
+    found += [Case(keys="int4", values="int4", centre=True, array=array, **chunk) for array in (False, True)]
     found += [Case(model=model, keys="bf16", values="bf16", **chunk) for model in ("smollm2-135m", "gemma-3-4b")]
     for keys in ("bf16", "int8", "int4", "int3"):
         found += [Case(op="append", keys=keys, values=keys, tokens=tokens) for tokens in (1, 256)]
@@ -431,10 +450,9 @@ def served(tpu: str, case: Case) -> bool:
 
 def refused_cases(tpu: str) -> list[tuple[Case, str]]:
     """What the kernels refuse, and words of the reason that they must give."""
-    found = [(Case(array=True, centre=True), "consecutive positions")]
-    if tpu == "v4":
-        found += [(Case(keys=name, values=name), "TPU v4") for name in ("int2", "e4m3", "int4 table", "int3 table")]
-    return found
+    if tpu != "v4":
+        return [(Case(page=192), "blocks of 192 slots")]
+    return [(Case(keys=name, values=name), "TPU v4") for name in ("int2", "e4m3", "int4 table", "int3 table")]
 
 
 def as_request(case: Case) -> dict:

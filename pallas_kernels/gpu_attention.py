@@ -49,8 +49,6 @@ def why_not(on: Target, arguments: dict) -> str | None:
     size = arguments.get("page") or k.slots
     if arguments.get("table") is not None and (size < 16 or size & (size - 1)):
         return f"pages of {size} slots; the kernel needs a power of two of at least 16"
-    if arguments.get("centre_weights") is not None and not isinstance(arguments["k_pos"], Span):
-        return "a centring term needs consecutive positions (a Span)"
     return None
 
 
@@ -234,9 +232,9 @@ def _add_values(refs: dict, key: str, form: Form, probs: Array, mask: Array, at:
     return found
 
 
-def _centre_scores(refs: dict, b, h, rows: Array, slot: Array) -> Array:
+def _centre_scores(refs: dict, b, h, rows: Array, position: Array) -> Array:
     """The centring term of a tile, [M, T]: pair by pair, since pairs are few and tiles are small."""
-    position = (slot + refs["start"][b]).astype(jnp.float32)
+    position = position.astype(jnp.float32)
     pairs = refs["frequency"].shape[0]
 
     def add(j, total):
@@ -244,7 +242,7 @@ def _centre_scores(refs: dict, b, h, rows: Array, slot: Array) -> Array:
         a, c = (plt.load(refs["centre"].at[b, h, rows, j + side * pairs]) for side in (0, 1))
         return total + a[:, None] * jnp.cos(angle)[None, :] + c[:, None] * jnp.sin(angle)[None, :]
 
-    return lax.fori_loop(0, pairs, add, jnp.zeros((rows.shape[0], slot.shape[0]), jnp.float32))
+    return lax.fori_loop(0, pairs, add, jnp.zeros((rows.shape[0], position.shape[0]), jnp.float32))
 
 
 def _body(*refs, plan: Plan, names, forms, value_key, slots, page, parts, per_split, mask, scale, softcap, mass):
@@ -281,7 +279,7 @@ def _body(*refs, plan: Plan, names, forms, value_key, slots, page, parts, per_sp
         if extra is not None:
             found += _scores(inputs, "e", forms["e"], extra, at)
         if "centre" in inputs:
-            found += _centre_scores(inputs, b, h, rows, slot)
+            found += _centre_scores(inputs, b, h, rows, position)
         found = found * scale
         if softcap is not None:
             found = softcap * jnp.tanh(found / softcap)

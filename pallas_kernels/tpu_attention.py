@@ -84,8 +84,10 @@ def attention_tpu(
         operands.add_per_slot("pos", k_pos.astype(jnp.int32))
     if bias is not None:
         operands.add_per_slot("bias", bias)
-    if centre is not None:
+    if centre is not None and isinstance(k_pos, Span):
         operands.add_centre(centre.weights, centre.inv_freq, k_pos)
+    elif centre is not None:
+        operands.add_scattered_centre(centre.weights, centre.inv_freq)
     oldest = jnp.min(jnp.where(q_pos < 0, 2**30, q_pos), axis=-1)
     pool = k.data.shape[0]
     prefetched = scalars(plan, oldest, jnp.max(q_pos, axis=-1), k_pos, table, pool, window, recent, sinks)
@@ -189,15 +191,26 @@ def _body(
         position = slot + start[b] if spanned else _row_of(inputs["pos"], h, lanes)
         return seen(inputs["q_pos"][0, 0, 0], position, window=window, recent=recent, sinks=sinks) & inside, inside
 
-    def scores_of(h: int, lanes: slice, mask: Array):
+    def features_of(h: int, lanes: slice) -> Array | None:
+        """The slots' side of the centring term, [high; low; high] of cos and sin."""
+        if "centre" not in inputs:
+            return None
+        if spanned:
+            return inputs["features"][:, lanes]
+        high, low = tile.halves(tile.turned_features(_row_of(inputs["pos"], h, lanes), inputs["turns"][...]))
+        return jnp.concatenate([high, low, high], axis=0)
+
+    def scores_of(h: int, lanes: slice, mask: Array, features: Array | None):
         found = _key_scores(inputs, "k", levels["k"], h, lanes)
         if "e" in levels:
             found += _key_scores(inputs, "e", levels["e"], h, lanes)
-        if "centre" in inputs:
-            turn = inputs["turns"][0, 0]
-            turned = inputs["centre"][0, h, 0] * turn[:1] + inputs["centre_crossed"][0, h, 0] * turn[1:]
-            high, low = tile.halves(turned)
-            found += tile.dot(jnp.concatenate([high, high, low], axis=1), inputs["features"][:, lanes], (1, 0))
+        if features is not None:
+            weights = inputs["centre"][0, h, 0]
+            if spanned:
+                turn = inputs["turns"][0, 0]
+                weights = weights * turn[:1] + inputs["centre_crossed"][0, h, 0] * turn[1:]
+            high, low = tile.halves(weights)
+            found += tile.dot(jnp.concatenate([high, high, low], axis=1), features, (1, 0))
         found = tile.cap(found * scale, softcap)
         if "bias" in inputs:
             found += _row_of(inputs["bias"], h, lanes).astype(jnp.float32)
@@ -218,8 +231,10 @@ def _body(
     def advance(state: tile.State, lanes: slice) -> tile.State:
         """Some slots of all heads: rows of heads lie side by side, so that one softmax serves all."""
         own = not spanned and inputs["pos"].shape[1] > 1
-        masks = [visible(h, lanes) for h in range(plan.heads if own else 1)] * (1 if own else plan.heads)
-        scores = [scores_of(h, lanes, mask) for h, (mask, _) in enumerate(masks)]
+        each = [(*visible(h, lanes), features_of(h, lanes)) for h in range(plan.heads if own else 1)]
+        each *= 1 if own else plan.heads
+        masks = [(mask, inside) for mask, inside, _ in each]
+        scores = [scores_of(h, lanes, mask, features) for h, (mask, _, features) in enumerate(each)]
 
         def values(probs: Array) -> Array:
             rows = [probs[h * plan.rows : (h + 1) * plan.rows] for h in range(plan.heads)]

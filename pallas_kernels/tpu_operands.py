@@ -49,12 +49,7 @@ def why_not(on: Target, arguments: dict) -> str | None:
         refusal = _factor_refusal(codes, name, values=name == "values" or (name == "keys" and v is None))
         if refusal:
             return refusal
-    refusal = None if arguments.get("table") is None else _page_refusal(k.slots, arguments.get("page") or k.slots)
-    if refusal:
-        return refusal
-    if arguments.get("centre_weights") is not None and not isinstance(arguments["k_pos"], Span):
-        return "a centring term needs consecutive positions (a Span)"
-    return None
+    return None if arguments.get("table") is None else _page_refusal(k.slots, arguments.get("page") or k.slots)
 
 
 def _page_refusal(block: int, page: int) -> str | None:
@@ -296,6 +291,22 @@ class Operands:
         high, low = tile.halves(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)]))
         features = jnp.concatenate([high, low, high])
         self.add("features", features, features.shape, lambda b, h, i, s, j, *_: (0, 0))
+
+    def add_scattered_centre(self, weights: Array, inv_freq: np.ndarray) -> None:
+        """The centring term where positions are an array: the kernel computes the features from the positions that it reads.
+
+        Angles are integers, a whole turn 2^32: they wrap by themselves, and no position is too large for them. cos and sin
+        are one function a quarter of a turn apart.
+        """
+        pairs, size = len(inv_freq), -(-len(inv_freq) // 8) * 8  # the stacked halves of features fill tiles of 16 sublanes
+        weights = weights.reshape(*weights.shape[:-1], 2, pairs)
+        weights = jnp.pad(weights, ((0, 0),) * (weights.ndim - 1) + ((0, size - pairs),))
+        self.add_rows("centre", weights.reshape(*weights.shape[:-2], 2 * size))
+        turns = np.zeros((2, size, 2), np.int64)
+        turns[:, :pairs, 0] = np.round(np.float64(inv_freq) / (2 * np.pi) * tile.WHOLE_TURN)
+        turns[1, :, 1] = -tile.WHOLE_TURN // 4
+        turns = turns.reshape(-1, 2).astype(np.uint32).view(np.int32)
+        self.add("turns", jnp.asarray(turns), turns.shape, lambda b, h, i, s, j, *_: (0, 0))
 
 
 def _factor_blocks(codes: Codes, factor: Array, size: int) -> Array:

@@ -172,6 +172,24 @@ def halves(x: Array) -> tuple[Array, Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
+WHOLE_TURN = 2**32  # of angles in integers, which wrap where angles do
+_SINE = (3.14158202092578, -5.1671427468910185, 2.5418985490520125, -0.5546349134004449)
+
+
+def turned_features(position: Array, turns: Array) -> Array:
+    """cos(2 pi (turns[f, 0] t + turns[f, 1]) / 2^32), float32 [F, T], for positions t [1, T].
+
+    cos(pi x) = sin(pi (1/2 - |x|)) for -1 <= x < 1, by an odd polynomial that is 6e-7 off.
+    """
+    angle = turns[:, :1] * position + turns[:, 1:]
+    x = 0.5 - jnp.abs(angle.astype(jnp.float32) * jnp.float32(2 / WHOLE_TURN))
+    square = x * x
+    found = jnp.float32(_SINE[-1])
+    for coefficient in reversed(_SINE[:-1]):
+        found = found * square + jnp.float32(coefficient)
+    return x * found
+
+
 class Query(NamedTuple):
     """Query rows, groups stacked: [n M, H], or as limbs int8 [2 n M, H]; ``unit`` and ``total`` (the sum) [n M, 1]."""
 

@@ -70,6 +70,7 @@ class Case:
     page: int = 0
     parts: int = 1  # pages of a block of the pool
     scattered: bool = False  # positions in any order with holes, else consecutive
+    shared: bool = False  # by all heads: those positions
     bias: bool = False
     centre: int = 0
     latent: int = 0  # channels of an extra part; the keys are the values then
@@ -96,7 +97,8 @@ def build(case: Case, seed: int = 0) -> tuple[tuple, dict]:
     kw = {"scale": case.dim**-0.5} | case.options
     if case.scattered:
         order = np.stack([[rng.permutation(slots) for _ in range(case.heads)] for _ in range(case.batch)])
-        kw["k_pos"] = jnp.asarray(np.where(rng.random(order.shape) < 0.3, -1, order), jnp.int32)
+        order = np.where(rng.random(order.shape) < 0.3, -1, order)
+        kw["k_pos"] = jnp.asarray(order[:, :1] if case.shared else order, jnp.int32)
         kw["q_pos"] = jnp.asarray(rng.integers(slots // 2, slots, (case.batch, case.rows)), jnp.int32)
     else:
         start = jnp.arange(case.batch, dtype=jnp.int32) * 3
@@ -111,12 +113,17 @@ def build(case: Case, seed: int = 0) -> tuple[tuple, dict]:
     if case.bias:
         kw["bias"] = jnp.asarray(rng.standard_normal((case.batch, case.heads, slots)), jnp.float32)
     if case.centre:
-        weights = jnp.asarray(rng.standard_normal((*q_shape, 2 * case.centre)), jnp.float32)
-        kw["centre"] = Centre(weights, np.float32(1e4 ** (-np.arange(case.centre) / case.centre)))
+        kw["centre"] = random_centre(rng, q_shape, case.centre)
     if case.latent:
         kw["q_extra"] = jnp.asarray(rng.standard_normal((*q_shape, case.latent)), jnp.bfloat16)
         kw["k_extra"] = random_codes(rng, "dense", (*lead, case.latent, shape[-1]))
     return (q, k, v), kw
+
+
+def random_centre(rng, shape: tuple[int, ...], pairs: int) -> Centre:
+    """A centring term for query rows of ``shape``."""
+    weights = jnp.asarray(rng.standard_normal((*shape, 2 * pairs)), jnp.float32)
+    return Centre(weights, np.float32(1e4 ** (-np.arange(pairs) / pairs)))
 
 
 def relative(x, expected) -> float:
@@ -171,6 +178,8 @@ CASES = {
     "recent and sinks": Case(scattered=True, options={"recent": 50, "sinks": 3}),
     "bias": Case(bias=True, options={"softcap": 5.0}),
     "centre": Case(centre=8, slots=1300, lengths=(1300, 700), options={"window": 600}),
+    "centre and positions": Case(centre=13, scattered=True),
+    "centre and positions of all heads": Case("int8", centre=8, scattered=True, shared=True),
     "latent": Case("int8", heads=1, rows=20, dim=128, latent=32),
     "lengths 0 and 1": Case(lengths=(0, 1)),
     "several tiles": Case("dense", slots=9000, lengths=(9000, 4097), heads=1),
@@ -186,6 +195,7 @@ CASES = {
     "pages of 256 in blocks of 512": Case("int8", "int4", page=256, parts=2, slots=700, lengths=(512, 1)),
     "latent in pages of 64": Case("int8", heads=1, rows=20, dim=128, latent=32, page=64, parts=2),
     "pages with centre": Case(page=128, slots=600, centre=8),
+    "pages with centre and positions": Case(page=128, slots=300, centre=8, scattered=True, shared=True),
     "sixteen heads": Case(heads=16, rows=1, batch=1, slots=130, lengths=(130,)),
 }
 
@@ -196,7 +206,9 @@ def check(found, expected, bound):
         assert relative(x, reference) < limit
 
 
-def chunk(fmt="dense", groups=3, tokens=37, slots=300, page=0, parts=1, dtype="bfloat16", scattered=False, **options):
+def chunk(
+    fmt="dense", groups=3, tokens=37, slots=300, page=0, parts=1, dtype="bfloat16", scattered=False, centre=0, **options
+):
     """A chunk of new tokens: row 0 behind 200 tokens of history, row 1 at the beginning and two tokens short."""
     case = Case(fmt, slots=slots, page=page, parts=parts, scattered=scattered, lengths=(200 + tokens, tokens - 2))
     (_, k, v), kw = build(case)
@@ -207,6 +219,8 @@ def chunk(fmt="dense", groups=3, tokens=37, slots=300, page=0, parts=1, dtype="b
     kw = {name: kw[name] for name in ("k_pos", "table", "page") if name in kw}
     if not scattered:
         kw["k_pos"] = Span(jnp.zeros(2, jnp.int32), kw["k_pos"].count)
+    if centre:
+        kw["centre"] = random_centre(rng, q.shape[:3], centre)
     return (q, k, v), kw | {"q_start": jnp.array([200, 0], jnp.int32), "groups": groups, "scale": 0.125} | options
 
 
@@ -221,4 +235,6 @@ PREFILL = {
     "pages": {"fmt": "int8", "page": 128, "slots": 512},
     "pages of 32": {"fmt": "int4", "page": 32, "parts": 4, "tokens": 100, "slots": 400},
     "positions": {"fmt": "int4", "scattered": True},
+    "centre": {"fmt": "int4", "centre": 8, "tokens": 20},
+    "centre and positions": {"fmt": "int4", "centre": 8, "tokens": 20, "scattered": True},
 }

@@ -29,7 +29,7 @@ from cache_helpers import (
 
 import memjax as mj
 from memjax.cache.admit import admit
-from memjax.cache.layer import Segment
+from memjax.cache.segment import Segment
 from memjax.evict import H2O, KeyDiff, PyramidKV, SnapKV
 from memjax.evict.evictor import Candidates
 from memjax.evict.snapkv import pooled

@@ -11,7 +11,7 @@ from test_evict import BUDGET, CUTS, KEPT, TEXT, WINDOWS
 
 import memjax as mj
 from memjax.cache.admit import admit
-from memjax.cache.layer import Segment
+from memjax.cache.segment import Segment
 from memjax.evict import H2O
 from memjax.pallas_kernels.codes import dense
 from memjax.pallas_kernels.decode import decode

@@ -6,10 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_helpers import BATCH, DIM, GROUPS, HEADS, ROPE, SPEC, dense_oracle, plain, qkv, quick_jit, relative_error
+from cache_helpers import (
+    BATCH,
+    CAPACITY,
+    DIM,
+    GROUPS,
+    HEADS,
+    ROPE,
+    SPEC,
+    dense_oracle,
+    plain,
+    qkv,
+    quick_jit,
+    relative_error,
+)
 
 import memjax as mj
 from memjax.attention.rope import Rope, apply_rope
+from memjax.cache.policy import CachePolicy
 from memjax.pallas_kernels.decode.reference import centre_scores
 from memjax.quantize.calibration import (
     balanced_basis,
@@ -19,10 +33,12 @@ from memjax.quantize.calibration import (
     save_calibration,
 )
 from memjax.quantize.front import (
+    ALL,
     OFF,
     Basis,
     FrontEnd,
     centre_term,
+    followed,
     pairs,
     prepare_keys,
     prepare_queries,
@@ -31,12 +47,18 @@ from memjax.quantize.front import (
     turn,
 )
 
+LONG = (1.0, 1.0, 1.5, 2.0, 3.0, 4.0, 4.0, 4.0)
 ROPES = {
     "half-split": ROPE,
     "interleaved": Rope(DIM, theta=100.0, interleaved=True),
     "some channels": Rope(8, theta=100.0, start=4),
+    "some channels, interleaved": Rope(8, theta=100.0, start=8, interleaved=True),
+    "linear": Rope(DIM, theta=100.0, kind="linear", factor=4.0),
+    "dynamic": Rope(DIM, theta=100.0, kind="dynamic", factor=2.0, original_max_position=32),
     "llama3": Rope(DIM, kind="llama3", factor=8.0, original_max_position=32),
     "yarn": Rope(DIM, kind="yarn", factor=4.0, original_max_position=32),
+    "yarn, another factor": Rope(DIM, kind="yarn", factor=4.0, original_max_position=32, attention_factor=1.5),
+    "longrope": Rope(DIM, kind="longrope", factor=4.0, original_max_position=32, long_factor=LONG, short_factor=LONG),
     "none": None,
 }
 T = 40
@@ -46,7 +68,7 @@ def spec_of(rope) -> mj.CacheSpec:
     return dataclasses.replace(SPEC, rope=rope)
 
 
-def random_basis(seed: int, centre: str, matrices: bool) -> Basis:
+def random_basis(seed: int, centre: str, matrices: bool, count: int = ALL) -> Basis:
     draw = np.random.default_rng(seed).standard_normal
     lead = (1 if matrices else BATCH, HEADS)
     means = [draw((*lead, DIM)) for _ in range(2)]
@@ -56,18 +78,18 @@ def random_basis(seed: int, centre: str, matrices: bool) -> Basis:
     else:
         balances, inverses = [np.exp(draw((*lead, DIM))) for _ in range(2)], [None, None]
     wide = [None if x is None else jnp.asarray(x, jnp.float32) for x in (*means, *balances, *inverses)]
-    return Basis(wide[0], wide[2], wide[1], wide[3], None, wide[4], wide[5], centre)
+    return Basis(wide[0], wide[2], wide[1], wide[3], None, wide[4], wide[5], centre, count)
 
 
 @pytest.mark.parametrize("matrices", [False, True], ids=["channels", "matrices"])
-@pytest.mark.parametrize("centre", ["fixed", "rope"])
+@pytest.mark.parametrize(("centre", "count"), [("fixed", ALL), ("rope", ALL), ("rope", 3)])
 @pytest.mark.parametrize("rope", ROPES)
-def test_scores_and_outputs_are_what_they_were(rope, centre, matrices):
+def test_scores_and_outputs_are_what_they_were(rope, centre, count, matrices):
     """With nothing rounded in between: q . k for keys as they are cached, rotated, and any mean whatever."""
     spec = spec_of(ROPES[rope])
     if rope == "none" and centre == "rope":
         pytest.skip("there is nothing to follow")
-    basis, rng = random_basis(0, centre, matrices), np.random.default_rng(1)
+    basis, rng = random_basis(0, centre, matrices, count), np.random.default_rng(1)
     k, v = (jnp.asarray(rng.standard_normal((BATCH, HEADS, DIM, T)), jnp.float32) for _ in range(2))
     q = jnp.asarray(rng.standard_normal((BATCH, HEADS, 3, DIM)), jnp.float32)
     position = jnp.asarray(rng.integers(0, 50, (BATCH, 1, T)), jnp.int32)
@@ -99,6 +121,69 @@ def test_turn_is_the_layers_rotation(rope):
     found = turn(jnp.moveaxis(jnp.asarray(x), 1, -1), position[:, None], spec)
     np.testing.assert_allclose(found * factor[:, None], expected, atol=1e-5)
     np.testing.assert_allclose(turn(found, -position[:, None], spec), jnp.moveaxis(x, 1, -1), atol=1e-5)
+
+
+@quick_jit
+def read_step(cache, q, k, v):
+    return mj.attend(mj.update(cache, k, v, queries=q, output_projection=projection()), q)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_attention_over_centred_tokens_is_attention(rope):
+    """From end to end with a codec that rounds nothing: chunks read the history in the basis that the first one measured."""
+    spec, tokens = spec_of(ROPES[rope]), biased(14, size=3.0, tokens=36)
+    cache, outs = CachePolicy(front=FrontEnd(pairs=3)).init(spec), []
+    for start in range(0, 36, 12):
+        out, cache = read_step(cache, *(x[:, start : start + 12] for x in tokens))
+        outs.append(out)
+    assert float(jnp.abs(cache.basis.k_mean).max()) > 1.0
+    assert relative_error(cache.basis.k_balance, jnp.ones(())) > 0.1
+    q, k, v = tokens
+    if rope != "none":
+        q, k = (apply_rope(jnp.asarray(x), jnp.arange(36)[None], spec.rope, spec.capacity) for x in (q, k))
+    assert relative_error(np.concatenate(outs, axis=1), dense_oracle((q, k, v), theta=None)) < 2e-5
+
+
+def test_a_centred_history_with_holes_reads_like_any_other():
+    tokens, scores = biased(15, size=3.0), np.random.default_rng(15).standard_normal((BATCH, HEADS, CAPACITY))
+    found = []
+    for policy in (CachePolicy(front=FrontEnd()), CachePolicy()):
+        _, cache = read_step(policy.init(SPEC), *(x[:, :30] for x in tokens))
+        cache = mj.cache.evict(cache, jnp.asarray(scores[..., : cache.history.slots], jnp.float32), 12, 20)
+        found.append(read_step(cache, *(x[:, 30:31] for x in tokens))[0])
+    assert relative_error(*found) < 1e-5
+
+
+FOLLOWED = {  # theta, capacity, count: pairs that turn by 0.25 or more within the capacity, the slowest first; then others
+    (1e4, 500, 0): [],
+    (1e4, 500, 2): [5, 6],
+    (1e4, 500, 7): [0, 1, 2, 3, 4, 5, 6],
+    (1e4, 500, ALL): [0, 1, 2, 3, 4, 5, 6, 7],
+    (1e4, 500, 99): [0, 1, 2, 3, 4, 5, 6, 7],
+    (1e4, 10_000, 2): [6, 7],
+    (1e4, 20, 2): [2, 3],
+    (1e4, 20, 5): [0, 1, 2, 3, 4],
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_the_slowest_pairs_that_turn_are_followed(case):
+    theta, capacity, count = case
+    spec = dataclasses.replace(SPEC, capacity=capacity, rope=Rope(DIM, theta=theta))
+    assert followed(spec, count).tolist() == FOLLOWED[case]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("pairs=-2", "pairs must be a number of rotary pairs, or -1 for all of them, got -2"),
+        ("centre=fixed,pairs=4", "pairs=4 says which rotary pairs centre=rope follows: leave it away with centre=fixed"),
+        ("pairs=4,calibration=x", "leave it away with a calibration file"),
+    ],
+)
+def test_pairs_that_say_nothing_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        mj.policy(f"turboquant(4,4,{arguments})")
 
 
 # ---- what is measured ----------------------------------------------------------------------------------------------
@@ -157,6 +242,20 @@ def test_a_row_measures_the_tokens_that_are_there_when_the_first_leaves(sizes):
     _, after = read(cache, [x[:, seen:] for x in tokens], [5, 1])
     for name in ("k_mean", "k_balance", "v_mean", "v_balance"):
         np.testing.assert_array_equal(getattr(after.basis, name), getattr(cache.basis, name))
+
+
+def test_pairs_that_are_not_followed_have_their_mean_after_the_rotation():
+    tokens = biased(2)
+    _, cache = read(mj.policy(f"int8({ON},pairs=3)+protect({SINKS},{RECENT})").init(SPEC), tokens, [30])
+    k = tokens[1][:, :30]
+    roped = np.asarray(apply_rope(jnp.asarray(k), jnp.arange(30)[None], ROPE, SPEC.capacity))
+    followed_channels = np.zeros(DIM, bool)
+    chosen = followed(SPEC, 3)
+    followed_channels[[*chosen, *(chosen + DIM // 2)]] = True
+    expected = np.where(followed_channels, k[:, SINKS:].mean(1), roped[:, SINKS:].mean(1))
+    np.testing.assert_allclose(cache.basis.k_mean, expected, atol=1e-3)
+    term = centre_term(cache.basis, jnp.ones((BATCH, HEADS, 1, DIM)), SPEC)
+    assert term.inv_freq.tolist() == [*ROPE.inv_freq(SPEC.capacity)[chosen], 0.0]
 
 
 def test_ragged_rows_measure_their_own_tokens_only():

@@ -30,7 +30,7 @@ CUBIC_BOUND = 9e-3  # the polynomial is evaluated in bfloat16
 
 # Tracing unrolled kernels takes seconds a case; the fast run has one of each kind.
 FAST = ("dense", "int4", "K4V2, 96 channels", "cubic", "table", "groups of channels", "KIVI", "positions", "centre", "latent")
-FAST = (*FAST, "pages of 16", "int3", "KVarN in 3 bits", "K3V2, 96 channels")
+FAST = (*FAST, "centre and positions", "pages of 16", "int3", "KVarN in 3 bits", "K3V2, 96 channels")
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
@@ -91,7 +91,7 @@ def test_any_shape(fmt, rows, dim, length, window, page, seed):
     check(found, decode_reference(q, k, v, **kw), 5e-3)
 
 
-@pytest.mark.parametrize("case", ["int4 history", "float32", "recent and sinks", "pages", "positions"])
+@pytest.mark.parametrize("case", ["int4 history", "float32", "recent and sinks", "pages", "positions", "centre and positions"])
 def test_prefill_gives_what_the_reference_says(case):
     args, kw = chunk(**PREFILL[case])
     found = prefill(*args, implementation="gpu", interpret=True, **kw)
@@ -111,7 +111,6 @@ def test_mla_decode_gives_what_the_reference_says(fmt):
 REFUSED = {
     "needs a GPU of compute capability 8.9": ("NVIDIA A100-SXM4-80GB", Case("e4m3")),
     "pages of 48 slots; the kernel needs a power of two": ("NVIDIA H200", Case(page=48)),
-    "a centring term needs consecutive positions": ("NVIDIA H200", Case(centre=4, scattered=True)),
     "groups of 8 channels; the kernel's smallest is 16": ("NVIDIA H200", Case(keys={"groups": 8})),
     "gains of different groups of channels": ("NVIDIA H200", Case()),
 }

@@ -16,12 +16,14 @@ LATENT = mj.CacheSpec(2, 1, 48, 96, "float32", rope=mj.Rope(16, theta=100.0, sta
 CASES = {
     "rotated int4": ("int4(rotate=true)+protect(2,8)", SPEC),
     "evicting": ("streaming(4,40)+int8+protect(4,8)", SPEC),
+    "evicting, with a centre": ("streaming(4,40)+turboquant(4,4)+protect(4,8)", SPEC),
     "on the host": ("int8+protect(2,8)+host(8,16)", SPEC),
     "refining": ("progressive(refine=1.0)+protect(2,8)", SPEC),
     "choosing pages": ("quest(26)+int8+protect(2,8)", SPEC),
     "latent": ("int8+protect(2,8)", LATENT),
     "corrected": ("gear(int4(rotate=true),4)+protect(2,8)", SPEC),
 }
+FAST = ("rotated int4", "evicting, with a centre")
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def outputs(policy, spec):
     return found
 
 
-@pytest.mark.parametrize("case", ["rotated int4", *(pytest.param(case, marks=pytest.mark.slow) for case in list(CASES)[1:])])
+@pytest.mark.parametrize("case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_kernels_read_what_xla_reads(case, interpreted):
     text, spec = CASES[case]
     expected = outputs(mj.policy(text + "+kernels(xla)"), spec)

@@ -12,7 +12,9 @@ from jaxtyping import Array, Float, Int
 from memjax.attention.progressive import progressive_attention
 from memjax.attention.quest import page_scores, pages_seen, quest_attention
 from memjax.attention.rope import Rope, apply_rope
-from memjax.cache.layer import LayerCache, Segment, bare, fitted, leaving_count, staged_positions
+from memjax.cache.encode import fitted
+from memjax.cache.layer import LayerCache, leaving_count, staged_positions
+from memjax.cache.segment import Segment, bare
 from memjax.evict.observer import Look
 from memjax.offload import pool
 from memjax.pallas_kernels.decode import Centre, decode
@@ -174,14 +176,15 @@ class _Reader:
             "window": self.spec.window,
             "recent": self.place.recent,
             "sinks": self.place.sinks,
+            "centre": centre,
             "implementation": implementation,
         }
         q = q[..., :coded]
-        if self.in_blocks and q_pos is None and centre is None and segment.bias is None:
+        if self.in_blocks and q_pos is None and segment.bias is None:
             read = functools.partial(prefill, q, k, q_start=self.positions[:, 0], groups=self.groups, **arguments)
         else:
             q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
-            read = functools.partial(decode, q, k, q_pos=q_pos, centre=centre, bias=segment.bias, **arguments, **paging)
+            read = functools.partial(decode, q, k, q_pos=q_pos, bias=segment.bias, **arguments, **paging)
         first, second = (segment.v.first, segment.v.second) if isinstance(segment.v, CodePair) else (segment.v, None)
         if keep and self.keeps_logits:
             out, lse, self.logits[keep] = read(v=first, logits=True)

@@ -15,7 +15,7 @@ from memjax.evict.massfold import Fates, fold
 from memjax.pallas_kernels.slots import FREE
 
 if TYPE_CHECKING:
-    from memjax.cache.layer import Segment
+    from memjax.cache.segment import Segment
     from memjax.quantize.codec import Codec
 
 

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from memjax.cache.encode import decode_keys
 from memjax.cache.layout import Layout
+from memjax.cache.segment import Segment
 from memjax.cache.slots import take_pages
 from memjax.cache.spec import CacheSpec
-from memjax.quantize.front import restore_keys
 
 if TYPE_CHECKING:
-    from memjax.cache.layer import LayerCache, Segment
+    from memjax.cache.layer import LayerCache
 
 
 class KeyBounds(NamedTuple):
@@ -57,7 +58,7 @@ def bounds_of(cache: LayerCache, history: Segment, at: Int[Array, "B n"], writte
     last = written[:, None] - 1
     order = (last - (last - slot) % history.slots)[:, None]  # which token sits there; negative: none
     position = jnp.maximum(order, 0) + cache.layout.sinks
-    keys = restore_keys(cache.basis, cache.policy.codec.keys.decode(codes), position, spec)
+    keys = decode_keys(codes, position, cache.policy.codec, cache.basis, spec)
     if extra is not None:
         keys = jnp.concatenate([keys, extra.decode()], axis=-2)
     return measure_bounds(keys, order >= 0, page, spec.dtype)

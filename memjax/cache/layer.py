@@ -20,46 +20,29 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.admit import admit
 from memjax.cache.bounds import KeyBounds, bounds_after, empty_bounds
+from memjax.cache.encode import decode_keys, encode, encode_in_two, fit_codec, fitted, init_basis
 from memjax.cache.layout import Layout, layout
+from memjax.cache.segment import Segment, bare, cast
 from memjax.cache.slots import take, write, write_ring
 from memjax.cache.spec import CacheSpec
 from memjax.offload import pool
-from memjax.pallas_kernels.codes import Codes, dense
+from memjax.pallas_kernels.codes import dense
 from memjax.pallas_kernels.slots import FREE
-from memjax.quantize.calibration import load_basis
-from memjax.quantize.codec import Codec, CodePair, Dense, KeyValueCodec
-from memjax.quantize.front import Basis, empty_basis, measure, observe, prepare_keys, prepare_values, restore_keys
+from memjax.quantize.codec import Dense, KeyValueCodec
+from memjax.quantize.front import (
+    Basis,
+    measure,
+    observe,
+    value_weight,
+)
 
 if TYPE_CHECKING:
     from memjax.cache.policy import CachePolicy
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "extra", "pos", "score", "bias"], meta_fields=[])
-@dataclass(frozen=True)
-class Segment:
-    """Key and value codes [B, K, C, S]; ``v`` is None for a latent stream, ``extra`` its dense rotary part.
-
-    Codes of a history may come in pairs. ``pos`` int32 [B, K, S] is stored where slots and positions have come apart (-1:
-    free), else None; ``score`` float32 [B, K, S] where the policy judges tokens; ``bias`` float32 [B, K, S], on the logits,
-    where slots stand for several tokens.
-    """
-
-    k: Codes | CodePair
-    v: Codes | CodePair | None
-    extra: Codes | None
-    pos: Array | None = None
-    score: Array | None = None
-    bias: Array | None = None
-
-    @property
-    def slots(self) -> int:
-        return self.k.slots
 
 
 @functools.partial(
@@ -72,6 +55,7 @@ class Segment:
         "tail",
         "staged",
         "staged_count",
+        "staged_weight",
         "length",
         "written",
         "basis",
@@ -89,6 +73,8 @@ class LayerCache:
         lie in pages, see ``memjax.offload.pool``.
       staged: tokens given to ``update`` and not committed yet, [B, K, H, T], exact; None after ``attend``.
       staged_count: int32 [B], how many of the staged tokens are real (the others are padding).
+      staged_weight: float32 [K, H], what the staged values count for in the layer's output, if the front end is about to
+        measure them; None if nobody said so.
       length: int32 [B], tokens committed.
       written: int32 [B], tokens that have entered the history.
       basis: statistics in which the history is coded; None without a front end.
@@ -105,6 +91,7 @@ class LayerCache:
     tail: Segment | None
     staged: Segment | None
     staged_count: Array | None
+    staged_weight: Array | None
     length: Array
     written: Array
     basis: Basis | None
@@ -152,6 +139,7 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
         tail=segment(place.tail, Dense(), scored=place.observer is not None),
         staged=None,
         staged_count=None,
+        staged_weight=None,
         length=jnp.zeros((spec.batch,), jnp.int32),
         written=jnp.zeros((spec.batch,), jnp.int32),
         basis=init_basis(policy, spec, layer) if place.slots else None,
@@ -165,16 +153,6 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
 def init_counters(policy: CachePolicy, spec: CacheSpec) -> Array | None:
     """Nothing refined and nothing read yet; None if the codec's pages are all read alike."""
     return jnp.zeros((spec.batch, 2), jnp.float32) if policy.codec.page > 1 else None
-
-
-def init_basis(policy: CachePolicy, spec: CacheSpec, layer: int) -> Basis | None:
-    """What the codec and its front end start from: nothing measured yet, or a calibration file."""
-    front, codec, lead = policy.resolved_front(), policy.codec, (spec.batch, spec.kv_heads)
-    basis = load_basis(front.calibration, spec, layer) if front.calibration else empty_basis(front, spec)
-    fits = {"k_fit": codec.keys.unfitted(lead, spec.coded_dim), "v_fit": codec.values.unfitted(lead, spec.value_dim)}
-    if all(fit is None for fit in fits.values()):
-        return basis
-    return dataclasses.replace(basis or Basis(None, None, None, None, None), **fits)
 
 
 def update(
@@ -224,43 +202,75 @@ def update(
         score=jnp.zeros((spec.batch, spec.kv_heads, k.shape[-1]), jnp.float32) if cache.layout.observer else None,
     )
     cache = dataclasses.replace(cache, staged=staged, staged_count=count)
-    if cache.basis is None:
-        return cache
-    return _measured(cache, queries, output_projection)
+    return _observed(cache, queries, output_projection) if _measures(cache) else cache
 
 
-def _measured(cache: LayerCache, queries: Array | None, output_projection: Array | None) -> LayerCache:
-    """The cache with the basis of rows whose first token leaves for the history with what is staged now."""
-    spec, basis, place = cache.spec, cache.basis, cache.layout
-    tokens, calibrated = cache.staged.slots, bool(cache.policy.resolved_front().calibration)
-    if calibrated and basis.k_fit is None and basis.v_fit is None:
-        return cache
+def _measures(cache: LayerCache) -> bool:
+    """Whether anything of the basis comes from the row's own tokens."""
+    basis = cache.basis
+    return basis is not None and (not _calibrated(cache) or basis.k_fit is not None or basis.v_fit is not None)
+
+
+def _calibrated(cache: LayerCache) -> bool:
+    return bool(cache.policy.resolved_front().calibration)
+
+
+def _starts(cache: LayerCache) -> Bool[Array, "B"]:
+    """Rows whose first token leaves for the history with what is staged now."""
+    return (cache.written == 0) & (leaving_count(cache) > 0)
+
+
+def _observed(cache: LayerCache, queries: Array | None, output_projection: Array | None) -> LayerCache:
+    """The cache with what ``_measured`` will need of a step and cannot ask for later."""
+    spec, basis, weight = cache.spec, cache.basis, None
     if queries is not None:
-        at = staged_positions(cache, tokens)
+        at = staged_positions(cache, cache.staged.slots)
         if isinstance(spec.rope, Rope):
             queries = apply_rope(queries, at, spec.rope, spec.capacity)
         basis = observe(basis, queries, at - cache.length[:, None] < cache.staged_count[:, None])
-    first = (cache.written == 0) & (leaving_count(cache) > 0)
+    if output_projection is not None and basis.v_balance is not None:
+        # Most steps would read the projection for nothing.
+        weight = jax.lax.cond(
+            jnp.any(_starts(cache)),
+            lambda projection: value_weight(projection, spec),
+            lambda projection: jnp.zeros((spec.kv_heads, spec.value_dim), jnp.float32),
+            output_projection,
+        )
+    return dataclasses.replace(cache, basis=basis, staged_weight=weight)
 
-    def measured(basis: Basis) -> Basis:
-        new = basis if calibrated else by_front(basis)
-        new = fit_codec(new, cache.policy.codec, *_at_hand(cache), spec)
-        return jax.tree.map(lambda a, b: a if a is b else jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, basis)
 
-    def by_front(basis: Basis) -> Basis:
-        staged, position = _cast(cache.staged, jnp.float32), staged_positions(cache, tokens)
-        real = position - cache.length[:, None] < cache.staged_count[:, None]
-        if cache.tail is not None:  # nothing has left it yet: slot j holds token sinks + something that is j modulo the tail
-            tail, slot = _cast(cache.tail, jnp.float32), jnp.arange(place.tail, dtype=jnp.int32)
-            held = place.sinks + (slot - place.sinks) % place.tail
-            staged = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), tail, staged)
-            position = jnp.concatenate([jnp.broadcast_to(held, (spec.batch, place.tail)), position], axis=-1)
-            real = jnp.concatenate([held < cache.length[:, None], real], axis=-1)
-        real &= position >= place.sinks
-        v = None if staged.v is None else staged.v.data
-        return measure(basis, staged.k.data, v, position[:, None], real[:, None], spec, output_projection)
+def _measured(caches: list[LayerCache]) -> list[LayerCache]:
+    """Caches that look alike, with the basis of rows whose first token is about to enter the history.
 
-    return dataclasses.replace(cache, basis=jax.lax.cond(jnp.any(first), measured, lambda basis: basis, basis))
+    Nothing reads a row's basis before that, so it can wait for the commit, where the layers of a decode step share a program.
+    """
+    if not _measures(caches[0]):
+        return caches
+    apart = dict.fromkeys(("sinks", "history", "rest", "host", "refined", "bounds"))
+    light = [dataclasses.replace(cache, policy=caches[0].policy, **apart) for cache in caches]
+
+    def all_measured(light: list[LayerCache]) -> list[Basis]:
+        if len(light) == 1:
+            return [_own_basis(light[0])]
+        # One after the other: it happens once, and a loop's body compiles faster than a program for all.
+        together = jax.lax.map(_own_basis, jax.tree.map(lambda *x: jnp.stack(x), *light))
+        return [jax.tree.map(lambda x, i=i: x[i], together) for i in range(len(light))]
+
+    anything = functools.reduce(jnp.logical_or, [jnp.any(_starts(cache)) for cache in light])
+    found = jax.lax.cond(anything, all_measured, lambda light: [cache.basis for cache in light], light)
+    return [dataclasses.replace(cache, basis=basis) for cache, basis in zip(caches, found, strict=True)]
+
+
+def _own_basis(cache: LayerCache) -> Basis:
+    """The basis, of rows that start from the tokens at hand."""
+    spec, old = cache.spec, cache.basis
+    new, first = old, _starts(cache)
+    if not _calibrated(cache):
+        block, position, real = _at_hand(cache, 1)
+        v = None if block.v is None else block.v.data
+        new = measure(new, block.k.data, v, position, real, spec, cache.staged_weight)
+    new = fit_codec(new, cache.policy.codec, *_at_hand(cache, cache.layout.tile), spec)
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
 
 
 def _check_new_tokens(spec: CacheSpec, k: Array, v: Array | None, lengths: Array | None) -> None:
@@ -286,11 +296,11 @@ def staged_positions(cache: LayerCache, tokens: int) -> Int[Array, "B T"]:
 
 def commit(cache: LayerCache) -> LayerCache:
     """Moves the staged tokens to where they belong: sinks, tail, or, encoded, the history."""
-    return cache if cache.staged is None else _moved(cache, *_commit_history([cache])[0])
+    return cache if cache.staged is None else _commit_alike([cache])[0]
 
 
 def commit_all(caches: Sequence) -> tuple:
-    """``commit`` for every layer of a model; layers of one codec and shape encode their tokens together.
+    """``commit`` for every layer of a model; layers of one codec and shape measure and encode their tokens together.
 
     That is one program instead of one per layer, which is much of what a decode step takes to compile, and one launch. The
     tokens of all layers are staged until then: for a step of few tokens.
@@ -298,21 +308,27 @@ def commit_all(caches: Sequence) -> tuple:
     groups: dict[tuple, list[int]] = {}
     for i, cache in enumerate(caches):
         if getattr(cache, "staged", None) is not None:
-            arrays, structure = jax.tree.flatten((cache.staged, cache.tail, cache.basis))
+            arrays, structure = jax.tree.flatten((cache.staged, cache.tail, cache.basis, cache.staged_weight))
             shapes = tuple((x.shape, x.dtype) for x in arrays)
-            groups.setdefault((cache.policy.codec, cache.spec, cache.layout, structure, shapes), []).append(i)
+            alike = (cache.policy.codec, cache.policy.resolved_front(), cache.spec, cache.layout, structure, shapes)
+            groups.setdefault(alike, []).append(i)
     done = list(caches)
     for members in groups.values():
-        for i, found in zip(members, _commit_history([caches[i] for i in members]), strict=True):
-            done[i] = _moved(caches[i], *found)
+        for i, found in zip(members, _commit_alike([caches[i] for i in members]), strict=True):
+            done[i] = found
     return tuple(done)
+
+
+def _commit_alike(caches: list[LayerCache]) -> list[LayerCache]:
+    caches = _measured(caches)
+    return [_moved(cache, *found) for cache, found in zip(caches, _commit_history(caches), strict=True)]
 
 
 def _moved(cache: LayerCache, kept: Kept, written: Array) -> LayerCache:
     """The cache with its staged tokens in the sinks and the tail, and what has become of the history."""
     start, count = cache.length, cache.staged_count
     sinks, tail = cache.sinks, cache.tail
-    staged = _cast(cache.staged, cache.spec.dtype)
+    staged = cast(cache.staged, cache.spec.dtype)
     if sinks is not None:
         sinks = write(sinks, bare(staged), start, count)
     if tail is not None:
@@ -324,6 +340,7 @@ def _moved(cache: LayerCache, kept: Kept, written: Array) -> LayerCache:
         tail=tail,
         staged=None,
         staged_count=None,
+        staged_weight=None,
         length=start + count,
         written=written,
     )
@@ -404,70 +421,12 @@ def _admitted(cache: LayerCache, stored: Segment, exact: Segment, position: Arra
     new = dataclasses.replace(stored, pos=at, score=exact.score if score is None else score, bias=bias)
 
     def keys() -> Array:
-        coded = fitted(cache.policy.codec, cache.basis)[0].decode(history.k)
-        held = restore_keys(cache.basis, coded, jnp.maximum(history.pos, 0), spec)
+        held = decode_keys(history.k, jnp.maximum(history.pos, 0), cache.policy.codec, cache.basis, spec)
         return jnp.concatenate([held, exact.k.data.astype(jnp.float32)], axis=-1)
 
     end = _end(cache)
     alive = jnp.zeros_like(end) if spec.window is None else end - spec.window + 1
-    return admit(history, new, judge, end, keys, alive, cache.policy.codec.values if place.folds else None)
-
-
-def encode_in_two(
-    block: Segment,
-    position: Int[Array, "B T"],
-    end: Int[Array, "B"],
-    codec: KeyValueCodec,
-    basis: Basis | None,
-    spec: CacheSpec,
-) -> tuple[Segment, Segment]:
-    """The most attended tokens of each tile of a dense block in the codec's own bits, the others in those of ``codec.rest``.
-
-    Attention is the mean over the queries that saw a token; ``end``: tokens seen so far.
-    """
-    lead, tile = block.score.shape[:2], codec.tile
-    seen = jnp.maximum(end[:, None] - position, 1)[:, None].astype(jnp.float32)
-    rank = (block.score / seen).reshape(*lead, -1, tile)
-    order = jnp.argsort(-rank, axis=-1)
-    first = jnp.arange(rank.shape[-2], dtype=jnp.int32)[:, None] * tile
-
-    def part(chosen: Array, codec: KeyValueCodec) -> Segment:
-        index = (jnp.sort(chosen, axis=-1) + first).reshape(*lead, -1)
-        at = jnp.take_along_axis(jnp.broadcast_to(position[:, None], (*lead, position.shape[1])), index, axis=-1)
-        return dataclasses.replace(encode(take(bare(block), index), at, codec, basis, spec), pos=at)
-
-    return part(order[..., : codec.salient], codec), part(order[..., codec.salient :], codec.rest)
-
-
-def encode(block: Segment, position: Array, codec: KeyValueCodec, basis: Basis | None, spec: CacheSpec) -> Segment:
-    """Codes of a dense block of tokens at ``position`` [B, 1|K, T]."""
-    keys, values = fitted(codec, basis)
-    k = prepare_keys(basis, block.k.data, position, spec)
-    v = None if block.v is None else prepare_values(basis, block.v.data)
-    return Segment(
-        k=keys.encode(k, spec.dtype),
-        v=None if v is None else values.encode(v, spec.dtype),
-        extra=None if block.extra is None else dense(block.extra.data, spec.dtype),
-    )
-
-
-def fitted(codec: KeyValueCodec, basis: Basis | None) -> tuple[Codec, Codec]:
-    """The codecs of keys and values with what they have measured."""
-    if basis is None:
-        return codec.keys, codec.values
-    return codec.keys.fitted(basis.k_fit), codec.values.fitted(basis.v_fit)
-
-
-def fit_codec(
-    basis: Basis, codec: KeyValueCodec, block: Segment, position: Array, real: Array, spec: CacheSpec
-) -> Basis:
-    """The basis with what the codec measures on a dense block of tokens at ``position`` [B, 1|K, T]."""
-    k_fit, v_fit = basis.k_fit, basis.v_fit
-    if k_fit is not None:
-        k_fit = codec.keys.fit(prepare_keys(basis, block.k.data, position, spec), real)
-    if v_fit is not None:
-        v_fit = codec.values.fit(prepare_values(basis, block.v.data), real)
-    return dataclasses.replace(basis, k_fit=k_fit, v_fit=v_fit)
+    return admit(history, new, judge, end, keys, alive, fitted(cache.policy.codec, cache.basis)[1] if place.folds else None)
 
 
 def _source(written: Array, written_after: Array, place: Layout) -> Int[Array, "B S"]:
@@ -503,7 +462,7 @@ def _leaving(cache: LayerCache) -> tuple[Segment, Array, Array]:
     if place.sinks == 0 and place.tail == 0:
         return staged, position, count
     if cache.tail is not None and staged.slots <= place.kept:  # what leaves has been in the tail
-        return take(_cast(cache.tail, staged.k.data.dtype), position % place.tail), position, count
+        return take(cast(cache.tail, staged.k.data.dtype), position % place.tail), position, count
     return _recent(cache, position), position, count
 
 
@@ -511,31 +470,20 @@ def _recent(cache: LayerCache, position: Int[Array, "B T"]) -> Segment:
     """Tokens at ``position`` that are in the tail or staged; anything where there is none."""
     source, offset, place = cache.staged, position - cache.length[:, None], cache.layout
     if cache.tail is not None:
-        tail = _cast(cache.tail, source.k.data.dtype)
+        tail = cast(cache.tail, source.k.data.dtype)
         source = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), tail, source)
         offset = jnp.where(offset < 0, position % place.tail, offset + place.tail)
     return take(source, jnp.clip(offset, 0, source.slots - 1))
 
 
-def _at_hand(cache: LayerCache) -> tuple[Segment, Array, Array]:
+def _at_hand(cache: LayerCache, tile: int) -> tuple[Segment, Array, Array]:
     """Whole tiles of all tokens of rows whose history is empty, the sinks apart, as they are or will be encoded.
 
     In text order, with their positions [B, 1, T] and whether they are there.
     """
     place = cache.layout
-    size = -(-(place.tail + cache.staged.slots) // place.tile) * place.tile
+    size = -(-(place.tail + cache.staged.slots) // tile) * tile
     order = jnp.arange(size, dtype=jnp.int32)
     position = jnp.broadcast_to(place.sinks + order, (cache.spec.batch, size))
-    count = (cache.length + cache.staged_count - place.sinks) // place.tile * place.tile
-    return _cast(_recent(cache, position), jnp.float32), position[:, None], (order < count[:, None])[:, None]
-
-
-def _cast(segment: Segment, dtype: DTypeLike) -> Segment:
-    """With keys and values in another dtype."""
-    wide = jax.tree.map(lambda x: x.astype(dtype), bare(segment))
-    return dataclasses.replace(wide, pos=segment.pos, score=segment.score)
-
-
-def bare(segment: Segment) -> Segment:
-    """The tokens alone, without positions, scores and biases."""
-    return dataclasses.replace(segment, pos=None, score=None, bias=None)
+    count = (_end(cache) - place.sinks) // tile * tile
+    return cast(_recent(cache, position), jnp.float32), position[:, None], (order < count[:, None])[:, None]

@@ -70,7 +70,7 @@ def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
     if not isinstance(cache, LayerCache):
         return sum((nbytes(layer) for layer in cache), Bytes())
     windows = _size((cache.sinks, cache.tail, cache.staged))
-    counters = _size((cache.length, cache.written, cache.staged_count, cache.refined))
+    counters = _size((cache.length, cache.written, cache.staged_count, cache.staged_weight, cache.refined))
     device, host, basis = _size((cache.history, cache.rest, cache.bounds)), _size(cache.host), _size(cache.basis)
     slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
     slots += 0 if cache.host is None else cache.layout.host_slots

@@ -23,6 +23,7 @@ from memjax.quantize import (
     ZipCache,
 )
 from memjax.quantize.auto import byte_count
+from memjax.quantize.front import ALL
 
 
 def dense() -> CachePolicy:
@@ -30,43 +31,54 @@ def dense() -> CachePolicy:
     return CachePolicy()
 
 
-def _coded(codec: KeyValueCodec, centre: str, balance: str, calibration: str) -> CachePolicy:
+def _coded(codec: KeyValueCodec, centre: str, balance: str, calibration: str, pairs: int) -> CachePolicy:
     if calibration and (centre, balance) == (codec.front.centre, codec.front.balance):
         centre = balance = "auto"  # neither was said
-    front = FrontEnd(centre, balance, calibration)
+    front = FrontEnd(centre, balance, calibration, pairs)
     return CachePolicy(codec=codec, front=None if front == codec.front else front)
 
 
-def int8(rotate: bool = False, centre: str = "none", balance: str = "off", calibration: str = "") -> CachePolicy:
+def int8(
+    rotate: bool = False, centre: str = "none", balance: str = "off", calibration: str = "", pairs: int = ALL
+) -> CachePolicy:
     """Token-wise int8, see ``memjax.quantize.int8``; for the other arguments ``memjax.quantize.front``, here and below."""
-    return _coded(Int8(rotate), centre, balance, calibration)
+    return _coded(Int8(rotate), centre, balance, calibration, pairs)
 
 
-def int4(rotate: bool = False, centre: str = "none", balance: str = "off", calibration: str = "") -> CachePolicy:
+def int4(
+    rotate: bool = False, centre: str = "none", balance: str = "off", calibration: str = "", pairs: int = ALL
+) -> CachePolicy:
     """Token-wise int4, see ``memjax.quantize.int4``."""
-    return _coded(Int4(rotate), centre, balance, calibration)
+    return _coded(Int4(rotate), centre, balance, calibration, pairs)
 
 
-def int2(rotate: bool = False, centre: str = "none", balance: str = "off", calibration: str = "") -> CachePolicy:
+def int2(
+    rotate: bool = False, centre: str = "none", balance: str = "off", calibration: str = "", pairs: int = ALL
+) -> CachePolicy:
     """Token-wise int2, see ``memjax.quantize.int2``."""
-    return _coded(Int2(rotate), centre, balance, calibration)
+    return _coded(Int2(rotate), centre, balance, calibration, pairs)
 
 
 def fp8(
-    format: str = "e4m3", rotate: bool = False, centre: str = "none", balance: str = "off", calibration: str = ""
+    format: str = "e4m3",
+    rotate: bool = False,
+    centre: str = "none",
+    balance: str = "off",
+    calibration: str = "",
+    pairs: int = ALL,
 ) -> CachePolicy:
     """Token-wise float8, see ``memjax.quantize.fp8``."""
-    return _coded(Fp8(rotate, format), centre, balance, calibration)
+    return _coded(Fp8(rotate, format), centre, balance, calibration, pairs)
 
 
-def nf4(centre: str = "none", balance: str = "off", calibration: str = "") -> CachePolicy:
+def nf4(centre: str = "none", balance: str = "off", calibration: str = "", pairs: int = ALL) -> CachePolicy:
     """Token-wise NormalFloat4, see ``memjax.quantize.blocks``."""
-    return _coded(NF4(), centre, balance, calibration)
+    return _coded(NF4(), centre, balance, calibration, pairs)
 
 
-def nvfp4(centre: str = "none", balance: str = "off", calibration: str = "") -> CachePolicy:
+def nvfp4(centre: str = "none", balance: str = "off", calibration: str = "", pairs: int = ALL) -> CachePolicy:
     """4-bit floats in blocks of 16 channels, see ``memjax.quantize.blocks``."""
-    return _coded(NVFP4(), centre, balance, calibration)
+    return _coded(NVFP4(), centre, balance, calibration, pairs)
 
 
 def turboquant(
@@ -78,19 +90,20 @@ def turboquant(
     centre: str = "auto",
     balance: str = "auto",
     calibration: str = "",
+    pairs: int = ALL,
 ) -> CachePolicy:
     """TurboQuant, see ``memjax.quantize.turboquant``; with ``centre=none, balance=off, scale=norm`` the paper's own.
 
     Bits are 2, 3, 4, or 2.5 and 3.5 by a split of the channels (``memjax.quantize.channel_split``).
     """
-    return _coded(TurboQuant(key_bits, value_bits, scale, grid, rotation), centre, balance, calibration)
+    return _coded(TurboQuant(key_bits, value_bits, scale, grid, rotation), centre, balance, calibration, pairs)
 
 
 def kivi(
-    bits: int = 2, group: int = 32, centre: str = "none", balance: str = "off", calibration: str = ""
+    bits: int = 2, group: int = 32, centre: str = "none", balance: str = "off", calibration: str = "", pairs: int = ALL
 ) -> CachePolicy:
     """KIVI, see ``memjax.quantize.kivi``."""
-    return _coded(Kivi(bits, group), centre, balance, calibration)
+    return _coded(Kivi(bits, group), centre, balance, calibration, pairs)
 
 
 def kvarn(
@@ -101,9 +114,10 @@ def kvarn(
     centre: str = "none",
     balance: str = "off",
     calibration: str = "",
+    pairs: int = ALL,
 ) -> CachePolicy:
     """KVarN, see ``memjax.quantize.kvarn``."""
-    return _coded(KVarN(key_bits, value_bits, tile, iterations), centre, balance, calibration)
+    return _coded(KVarN(key_bits, value_bits, tile, iterations), centre, balance, calibration, pairs)
 
 
 def zipcache(
@@ -115,9 +129,10 @@ def zipcache(
     centre: str = "none",
     balance: str = "off",
     calibration: str = "",
+    pairs: int = ALL,
 ) -> CachePolicy:
     """ZipCache, see ``memjax.quantize.zipcache``."""
-    return _coded(ZipCache(salient_bits, rest_bits, tile, group, share), centre, balance, calibration)
+    return _coded(ZipCache(salient_bits, rest_bits, tile, group, share), centre, balance, calibration, pairs)
 
 
 def h2o(budget: int = 0, fraction: float = 0.0, normalised: bool = False) -> CachePolicy:
@@ -172,6 +187,7 @@ def auto(
     centre: str = "auto",
     balance: str = "auto",
     calibration: str = "",
+    pairs: int = ALL,
 ) -> CachePolicy:
     """TurboQuant with bits by measured sensitivity for each layer's keys and values, see ``memjax.quantize.auto``.
 
@@ -181,7 +197,7 @@ def auto(
       file: written by ``memjax sensitivity``; "": the one of smollm2-135m that memjax brings along.
     """
     count = byte_count(bytes)
-    return _coded(Auto(3.25 if bits == 0 and not count else bits, count, file), centre, balance, calibration)
+    return _coded(Auto(3.25 if bits == 0 and not count else bits, count, file), centre, balance, calibration, pairs)
 
 
 def progressive(
@@ -192,9 +208,10 @@ def progressive(
     centre: str = "auto",
     balance: str = "auto",
     calibration: str = "",
+    pairs: int = ALL,
 ) -> CachePolicy:
     """Nested 2 + 1-bit codes, read in full where it matters; see ``memjax.quantize.progressive``."""
-    return _coded(Progressive(refine, page, share, margin), centre, balance, calibration)
+    return _coded(Progressive(refine, page, share, margin), centre, balance, calibration, pairs)
 
 
 def gear(base: str | CachePolicy = "int4", rank: int = 4) -> CachePolicy:

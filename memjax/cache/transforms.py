@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from memjax.attention.attend import history_positions, host_positions
 from memjax.cache.bounds import bounds_of
-from memjax.cache.layer import LayerCache, commit, encode, fit_codec, init_basis, init_counters
+from memjax.cache.encode import encode, fit_codec, init_basis
+from memjax.cache.layer import LayerCache, commit, init_counters
 from memjax.cache.policy import CachePolicy, ModelCache
 from memjax.cache.recurrent import RecurrentCache
 from memjax.cache.slots import pad, take

@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Float, Int
 from memjax.cache.slots import take, write_at
 
 if TYPE_CHECKING:
-    from memjax.cache.layer import Segment
+    from memjax.cache.segment import Segment
     from memjax.quantize.codec import Codec
 
 _LEAST = 1e-30  # attention so small that ratios of it mean nothing

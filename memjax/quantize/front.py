@@ -31,9 +31,11 @@ from memjax.attention.rope import Rope
 from memjax.cache.spec import CacheSpec
 from memjax.pallas_kernels.decode.reference import Centre
 
+ALL = -1  # of the rotary pairs
 CENTRES = ("auto", "none", "fixed", "rope")
 BALANCES = ("auto", "off", "channels")
 _LARGEST_RATIO = 2.0**6  # of a channel's balance to the mean one
+_LEAST_TURN = 0.25  # radians within the capacity, below which a pair's mean may as well be fixed
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,27 @@ class FrontEnd:
       balance: ``channels``, from queries given to ``update``; ``off``; ``auto`` is ``channels`` for rows that were given
         queries.
       calibration: a file written by ``memjax calibrate`` from which the statistics come; "": from the row's own tokens.
+      pairs: how many rotary pairs ``rope`` follows, ``ALL`` (-1) or a number; the others have a fixed mean of the cached
+        keys, like channels outside of pairs. See ``followed``.
 
     Raises:
-      ValueError: another name, or a calibration file together with ``centre`` or ``balance``, which the file decides.
+      ValueError: another name, a calibration file together with ``centre`` or ``balance``, which the file decides, or a
+        number of pairs where none is followed.
     """
 
     centre: str = "auto"
     balance: str = "auto"
     calibration: str = ""
+    pairs: int = ALL
 
     def __post_init__(self):
+        if self.pairs < ALL:
+            raise ValueError(f"pairs must be a number of rotary pairs, or {ALL} for all of them, got {self.pairs}")
+        if self.pairs != ALL and (self.calibration or self.centre not in ("auto", "rope")):
+            raise ValueError(
+                f"pairs={self.pairs} says which rotary pairs centre=rope follows: leave it away with "
+                f"{'a calibration file' if self.calibration else f'centre={self.centre}'}"
+            )
         for name, allowed in (("centre", CENTRES), ("balance", BALANCES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -82,7 +95,9 @@ class FrontEnd:
                 f"centre=rope needs the layer's rotary embedding (CacheSpec(rope=Rope(...))), got rope={spec.rope!r}; use "
                 "centre=fixed"
             )
-        return dataclasses.replace(self, centre=("rope" if own else "fixed") if self.centre == "auto" else self.centre)
+        if self.centre != "auto":
+            return self
+        return dataclasses.replace(self, centre="rope") if own else dataclasses.replace(self, centre="fixed", pairs=ALL)
 
 
 OFF = FrontEnd("none", "off")
@@ -91,14 +106,14 @@ OFF = FrontEnd("none", "off")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["k_mean", "k_balance", "v_mean", "v_balance", "q_square", "k_inverse", "v_inverse", "k_fit", "v_fit"],
-    meta_fields=["centre"],
+    meta_fields=["centre", "pairs"],
 )
 @dataclass(frozen=True)
 class Basis:
     """What a cache's rows have measured: float32 [B, K, H], or None where the front end does without.
 
     Attributes:
-      k_mean: mu for channels in rotary pairs if ``centre`` is "rope", else means of the cached keys.
+      k_mean: mu for channels in rotary pairs that are followed (``centre``, ``pairs``), else means of the cached keys.
       k_balance, v_balance: the factor s of each channel; or, from a calibration file, [1, K, H, H], the matrix that vectors
         are multiplied with from the right.
       v_mean: means of the values; None for a latent stream, whose values are its keys.
@@ -117,6 +132,7 @@ class Basis:
     k_fit: Array | None = None
     v_fit: Array | None = None
     centre: str = "none"
+    pairs: int = ALL
 
 
 def empty_basis(front: FrontEnd, spec: CacheSpec) -> Basis | None:
@@ -138,6 +154,7 @@ def empty_basis(front: FrontEnd, spec: CacheSpec) -> Basis | None:
         v_balance=filled(balanced and not latent, 1),
         q_square=filled(balanced, 0),
         centre=front.centre,
+        pairs=front.pairs,
     )
 
 
@@ -159,9 +176,9 @@ def measure(
     position: Int[Array, "B 1|K T"],
     real: Bool[Array, "B 1|K T"],
     spec: CacheSpec,
-    output_projection: Float[Array, "N H D"] | None,
+    v_weight: Float[Array, "K H"] | None,
 ) -> Basis:
-    """The basis that tokens give, keys as they are cached; without the output projection values are not balanced."""
+    """The basis that tokens give, keys as they are cached; without ``value_weight`` values are not balanced."""
     count = jnp.maximum(jnp.sum(real, axis=-1, keepdims=True), 1).astype(jnp.float32)
 
     def mean(x: Array) -> Array:
@@ -170,7 +187,7 @@ def measure(
     k = k.astype(jnp.float32)
     k_mean = basis.k_mean
     if k_mean is not None:
-        k_mean = mean(turn(k, -position, spec) if basis.centre == "rope" else k)
+        k_mean = mean(turn(k, -position, spec, basis.pairs) if basis.centre == "rope" else k)
     found = dataclasses.replace(basis, k_mean=k_mean)
     if v is not None and basis.v_mean is not None:
         found = dataclasses.replace(found, v_mean=mean(v.astype(jnp.float32)))
@@ -179,12 +196,16 @@ def measure(
     known = jnp.any(basis.q_square > 0, axis=(1, 2), keepdims=True)
     k_balance = jnp.where(known, _balance(basis.q_square, mean(jnp.square(centred_keys(found, k, position, spec)))), 1.0)
     found = dataclasses.replace(found, k_balance=k_balance)
-    if v is None or output_projection is None:
+    if v is None or v_weight is None:
         return found
-    value_weight = jnp.sum(jnp.square(output_projection.astype(jnp.float32)), axis=-1)
-    value_weight = jnp.sum(value_weight.reshape(spec.kv_heads, -1, spec.value_dim), axis=1)
     spread = jnp.square(v.astype(jnp.float32) - (0.0 if found.v_mean is None else found.v_mean[..., None]))
-    return dataclasses.replace(found, v_balance=_balance(value_weight, mean(spread)))
+    return dataclasses.replace(found, v_balance=_balance(v_weight, mean(spread)))
+
+
+def value_weight(output_projection: Float[Array, "N H D"], spec: CacheSpec) -> Float[Array, "K H"]:
+    """What channels of the values count for: squared norms of the output projection's rows, over the heads of a group."""
+    squares = jnp.sum(jnp.square(output_projection.astype(jnp.float32)), axis=-1)
+    return jnp.sum(squares.reshape(spec.kv_heads, -1, spec.value_dim), axis=1)
 
 
 def _balance(weight: Array, power: Array) -> Array:
@@ -200,22 +221,43 @@ def _balance(weight: Array, power: Array) -> Array:
     return jnp.exp(jnp.clip(log, -bound, bound))
 
 
-def pairs(spec: CacheSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Channels a [J] and b [J] of each rotary pair inside the coded channels, and the channels outside of any pair."""
-    rope, dim = spec.rope, spec.coded_dim
-    if not isinstance(rope, Rope) or rope.start + rope.dim > dim:
-        return np.arange(0), np.arange(0), np.arange(dim)
+def followed(spec: CacheSpec, count: int = ALL) -> Int[np.ndarray, "J"]:
+    """Numbers of the rotary pairs that ``centre=rope`` follows, of those inside the coded channels.
+
+    Kernels want the same ones for all heads, so the frequencies alone decide. Mu is largest in slow pairs, but one that
+    hardly turns within the capacity needs no following: the slowest come first of those that turn by a quarter of a radian
+    or more, then faster ones, then the ones that do not turn.
+    """
+    rope = spec.rope
+    if not isinstance(rope, Rope) or rope.start + rope.dim > spec.coded_dim:
+        return np.arange(0)
+    frequency = rope.inv_freq(spec.capacity)
+    if count == ALL:
+        return np.arange(len(frequency))
+    turning = frequency * spec.capacity >= _LEAST_TURN
+    order = np.lexsort((np.where(turning, frequency, -frequency), ~turning))
+    return np.sort(order[:count])
+
+
+def pairs(spec: CacheSpec, count: int = ALL) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Channels a [J] and b [J] of each rotary pair that is followed, and the other coded channels."""
+    chosen, rope = followed(spec, count), spec.rope
+    if not chosen.size:
+        return chosen, chosen, np.arange(spec.coded_dim)
     inside = rope.start + np.arange(rope.dim)
     a, b = (inside[0::2], inside[1::2]) if rope.interleaved else np.split(inside, 2)
-    return a, b, np.setdiff1d(np.arange(dim), inside)
+    a, b = a[chosen], b[chosen]
+    return a, b, np.setdiff1d(np.arange(spec.coded_dim), [*a, *b])
 
 
-def turn(x: Float[Array, "B K H T"], position: Int[Array, "B 1|K T"], spec: CacheSpec) -> Float[Array, "B K H T"]:
-    """Vectors rotated by their position (a pure rotation, without yarn's factor)."""
-    a, b, rest = pairs(spec)
+def turn(
+    x: Float[Array, "B K H T"], position: Int[Array, "B 1|K T"], spec: CacheSpec, count: int = ALL
+) -> Float[Array, "B K H T"]:
+    """Vectors rotated by their position in the pairs that are followed (a pure rotation, without yarn's factor)."""
+    a, b, rest = pairs(spec, count)
     if not a.size:
         return x
-    frequency = jnp.asarray(spec.rope.inv_freq(spec.capacity))
+    frequency = jnp.asarray(spec.rope.inv_freq(spec.capacity)[followed(spec, count)])
     angle = position.astype(jnp.float32)[:, :, None, :] * frequency[:, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     xa, xb = _channels(x, a, -2), _channels(x, b, -2)
@@ -237,11 +279,15 @@ def centred_keys(
     basis: Basis, k: Float[Array, "B K H T"], position: Int[Array, "B 1|K T"], spec: CacheSpec
 ) -> Float[Array, "B K H T"]:
     """Keys without their constant part, float32."""
-    k = k.astype(jnp.float32)
+    return k.astype(jnp.float32) - _constant(basis, position, spec)
+
+
+def _constant(basis: Basis, position: Int[Array, "B 1|K T"], spec: CacheSpec) -> Array | float:
+    """The constant part of keys as they are cached."""
     if basis.k_mean is None:
-        return k
+        return 0.0
     constant = basis.k_mean[..., None]
-    return k - (turn(constant, position, spec) if basis.centre == "rope" else constant)
+    return turn(constant, position, spec, basis.pairs) if basis.centre == "rope" else constant
 
 
 def prepare_keys(basis: Basis | None, k: Array, position: Int[Array, "B 1|K T"], spec: CacheSpec) -> Array:
@@ -255,10 +301,7 @@ def restore_keys(basis: Basis | None, y: Float[Array, "B K H T"], position: Int[
         return y
     if basis.k_balance is not None:
         y = jnp.swapaxes(_divide(jnp.swapaxes(y, -1, -2), basis.k_balance, basis.k_inverse, "bkmh,khg->bkmg"), -1, -2)
-    if basis.k_mean is None:
-        return y
-    constant = basis.k_mean[..., None]
-    return y + (turn(constant, position, spec) if basis.centre == "rope" else constant)
+    return y + _constant(basis, position, spec)
 
 
 def prepare_values(basis: Basis | None, v: Array) -> Array:
@@ -294,16 +337,19 @@ def restore_outputs(basis: Basis | None, out: Float[Array, "B K M H"], lse: Arra
 def centre_term(basis: Basis | None, q: Float[Array, "B K M H"], spec: CacheSpec) -> Centre | None:
     """What the constant part of the keys adds to the scores of rotated queries.
 
-    Channels outside of rotary pairs, and all of them if the mean is fixed, make one more pair, of frequency zero.
+    Channels outside of the pairs that are followed, and all of them if the mean is fixed, make one more pair, of frequency
+    zero.
     """
     if basis is None or basis.k_mean is None:
         return None
-    a, b, rest = pairs(spec) if basis.centre == "rope" else (np.arange(0), np.arange(0), np.arange(spec.coded_dim))
+    count = basis.pairs if basis.centre == "rope" else 0
+    a, b, rest = pairs(spec, count)
     q, mu = q.astype(jnp.float32), basis.k_mean[:, :, None]
     cos, sin, frequency = [], [], np.zeros(0, np.float32)
     if a.size:
         (qa, qb), (ma, mb) = ([_channels(x, index, -1) for index in (a, b)] for x in (q, mu))
-        cos, sin, frequency = [qa * ma + qb * mb], [qb * ma - qa * mb], spec.rope.inv_freq(spec.capacity)
+        cos, sin = [qa * ma + qb * mb], [qb * ma - qa * mb]
+        frequency = spec.rope.inv_freq(spec.capacity)[followed(spec, count)]
     if rest.size:
         constant = jnp.sum(_channels(q, rest, -1) * _channels(mu, rest, -1), axis=-1, keepdims=True)
         cos, sin, frequency = [*cos, constant], [*sin, jnp.zeros_like(constant)], np.append(frequency, np.float32(0))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.pallas_kernels.choose import Choice, Target, choose
 from memjax.pallas_kernels.codes import Codes
-from memjax.pallas_kernels.decode import check_codes
+from memjax.pallas_kernels.decode import Centre, check_codes
 from memjax.pallas_kernels.decode.xla import decode_xla
 from memjax.pallas_kernels.merge import add_sink
 from memjax.pallas_kernels.prefill import gpu, tpu
@@ -31,6 +31,7 @@ def prefill(
     scale: float,
     q_extra: Float[Array, "B K M E"] | None = None,
     k_extra: Codes | None = None,
+    centre: Centre | None = None,
     table: Int[Array, "B n"] | None = None,
     page: int | None = None,
     sink_logits: Float[Array, "K M"] | None = None,
@@ -69,25 +70,32 @@ def prefill(
         "k_pos": k_pos,
         "q_extra": q_extra,
         "k_extra": k_extra,
+        "centre_weights": None if centre is None else centre.weights,
         "table": table,
     }
+    frequencies = None if centre is None else centre.inv_freq
     static = {"scale": scale, "page": page, "softcap": softcap, "window": window, "recent": recent, "sinks": sinks}
     chosen = choose("prefill", implementation, _refusals(arrays | {"page": page}), bool(interpret)).implementation
 
+    def with_centre(arrays: dict) -> dict:
+        rest = {name: value for name, value in arrays.items() if name != "centre_weights"}
+        weights = arrays["centre_weights"]
+        return rest | {"centre": None if weights is None else Centre(weights, frequencies)}
+
     def plain(arrays: dict):
-        rest = dict(arrays)
+        rest = with_centre(arrays)
         q_pos = row_positions(rest.pop("q_start"), q.shape[2], groups)
         return decode_xla(**rest, q_pos=q_pos, **static)[:2]
 
     if chosen == "xla":
         run = plain
     elif chosen == "reference":
-        run = lambda arrays: prefill_reference(**arrays, groups=groups, **static)  # noqa: E731
+        run = lambda arrays: prefill_reference(**with_centre(arrays), groups=groups, **static)  # noqa: E731
     else:
         kernel = tpu.prefill_tpu if chosen == "tpu" else gpu.prefill_gpu
 
         def forward(arrays: dict):
-            return kernel(**arrays, groups=groups, interpret=interpret, **static)
+            return kernel(**with_centre(arrays), groups=groups, interpret=interpret, **static)
 
         run = _differentiable(over_mesh(forward, arrays, _roles(table is not None), "bk"), plain)
     out, lse = run(arrays)
@@ -111,7 +119,7 @@ def _refusals(arguments: dict) -> dict[str, Callable[[Target], str | None]]:
 def _roles(paged: bool) -> dict[str, str]:
     codes = "-k" if paged else "bk"
     roles = {"q": "bk", "q_extra": "bk", "q_start": "b", "k_pos": "bk", "table": "b"}
-    return roles | {"k": codes, "v": codes, "k_extra": codes}
+    return roles | {"centre_weights": "bk", "k": codes, "v": codes, "k_extra": codes}
 
 
 def _differentiable(forward: Callable, plain: Callable) -> Callable:

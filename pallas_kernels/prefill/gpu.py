@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from memjax.pallas_kernels.codes import Codes
+from memjax.pallas_kernels.decode.reference import Centre
 from memjax.pallas_kernels.gpu_attention import Plan, attention_gpu, why_not
 from memjax.pallas_kernels.slots import Positions
 
@@ -23,6 +24,7 @@ def prefill_gpu(
     k_pos: Positions,
     groups: int,
     q_extra: Array | None = None,
+    centre: Centre | None = None,
     table: Array | None = None,
     page: int | None = None,
     **options,
@@ -54,6 +56,7 @@ def prefill_gpu(
         q_pos=q_pos,
         k_pos=k_pos,
         q_extra=pad(q_extra),
+        centre=None if centre is None else Centre(pad(centre.weights), centre.inv_freq),
         table=table,
         page=page,
         name="memjax_prefill",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from memjax.pallas_kernels.codes import Codes
+from memjax.pallas_kernels.decode.reference import Centre
 from memjax.pallas_kernels.slots import Positions
 from memjax.pallas_kernels.tpu_attention import attention_tpu
 from memjax.pallas_kernels.tpu_operands import Plan, cut_slots, megacore, unit_of, why_not
@@ -30,6 +31,7 @@ def prefill_tpu(
     k_pos: Positions,
     groups: int,
     q_extra: Array | None = None,
+    centre: Centre | None = None,
     table: Array | None = None,
     page: int | None = None,
     rows: int = ROWS,
@@ -67,6 +69,7 @@ def prefill_tpu(
         q_pos=jnp.tile(q_pos, (1, 1, groups)),
         k_pos=k_pos,
         q_extra=cut(q_extra),
+        centre=None if centre is None else Centre(cut(centre.weights), centre.inv_freq),
         table=table,
         name="memjax_prefill",
         **options,
