@@ -216,7 +216,8 @@ def evaluate(
     cache_dtype: Annotated[str, typer.Option(help="Dtype of what is not quantized.")] = "bfloat16",
     fraction: Annotated[list[float] | None, typer.Option(help="evict: kept part of the tokens. May be repeated.")] = None,
     depth: Annotated[list[float] | None, typer.Option(help="evict: where a key is hidden, 0 to 1. May be repeated.")] = None,
-    continuation: Annotated[int, typer.Option(help="evict: tokens behind the text, which are measured.")] = 256,
+    continuation: Annotated[int | None, typer.Option(help="evict: tokens behind the text, measured; default: 256.")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="evict: write the table here.")] = None,
 ) -> None:
     """Run a suite: quality with intervals beside realised bytes, pass keys, and samples, for each policy."""
     from memjax.evaluate.report import evaluation_tables, pareto_plot, save_json
@@ -224,13 +225,17 @@ def evaluate(
     from memjax.evaluate.suite import evaluate as run
 
     _check_targets(json_file, plot_file)
+    only = {"--fraction": fraction, "--depth": depth, "--continuation": continuation, "--markdown": markdown_file}
     if suite == "evict":
         if setting != "both" or sample:
             raise ValueError("the suite evict has no --setting and no --sample: it reads as in use and asks for keys")
         options = {"methods": policy, "fractions": fraction, "depths": depth if retrieval else (), "tokens": tokens}
         options |= {"chunk": chunk, "continuation": continuation, "cache_dtype": cache_dtype}
-        _evaluate_eviction(model, {k: v for k, v in options.items() if v is not None}, json_file, plot_file)
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if v not in (None, [])}
+        _evaluate_eviction(model, given, json_file, plot_file, markdown_file)
         return
+    if foreign := [option for option, value in only.items() if value]:
+        raise ValueError(f"{foreign[0]} belongs to the suite evict, got --suite {suite}")
     tokens, chunk = 1024 if tokens is None else tokens, 128 if chunk is None else chunk
     if retrieval and retrieval_tokens < 1:
         raise ValueError(f"--retrieval-tokens must be at least 1, got {retrieval_tokens}; --no-retrieval leaves it out")
@@ -249,12 +254,15 @@ def evaluate(
         pareto_plot(result, plot_file)
 
 
-def _evaluate_eviction(model: str, options: dict, json_file: Path | None, plot_file: Path | None) -> None:
+def _evaluate_eviction(
+    model: str, options: dict, json_file: Path | None, plot_file: Path | None, markdown_file: Path | None
+) -> None:
     from memjax.evaluate.eviction import EvictionEvaluation, evaluate_eviction
-    from memjax.evaluate.eviction_report import eviction_plot, eviction_table
+    from memjax.evaluate.eviction_report import eviction_markdown, eviction_plot, eviction_table
     from memjax.evaluate.report import save_json
 
-    wanted = EvictionEvaluation(**{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()})
+    _check_targets(markdown_file, None)
+    wanted = EvictionEvaluation(**options)
     lm = _load(model)
     with _bars() as progress:
         task = progress.add_task("reading", total=wanted.steps())
@@ -264,6 +272,8 @@ def _evaluate_eviction(model: str, options: dict, json_file: Path | None, plot_f
         save_json(result, json_file)
     if plot_file is not None:
         eviction_plot(result, plot_file)
+    if markdown_file is not None:
+        markdown_file.write_text(eviction_markdown(result), encoding="utf-8")
 
 
 @app.command()

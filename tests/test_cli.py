@@ -66,6 +66,7 @@ def test_compare_prints_and_saves_a_row_per_policy(monkeypatch, capsys, tmp_path
         (["eval", "--tokens", "100000"], "tokens must lie between 2 and"),
         (["eval", "--retrieval-tokens", "100000"], "retrieval tokens must not exceed"),
         (["eval", "--retrieval-tokens", "0"], "--no-retrieval leaves it out"),
+        (["eval", "--fraction", "0.5"], "--fraction belongs to the suite evict, got --suite kv"),
         (["eval", "--suite", "evict", "--sample", "8"], "no --setting and no --sample"),
         (["eval", "--suite", "evict", "--tokens", "0"], "tokens, chunk >= 1"),
         (["eval", "--suite", "evict", "--policy", "h2o(64)"], "leaves its budget open, such as 'snapkv"),

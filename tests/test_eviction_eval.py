@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 from test_eval import Bytes, model  # noqa: F401
+from typer.testing import CliRunner
 
 import memjax as mj
+from memjax.cli import app
 from memjax.evaluate.eviction import (
     METHODS,
     NOVEL,
@@ -163,6 +165,25 @@ def test_reports_show_every_method(result, tmp_path):
     assert eviction_markdown(read).count("\n| h2o+protect(2,8) |") == 2
     eviction_plot(read, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_command_line_writes_everything(result, tmp_path, monkeypatch):
+    seen, files = [], [tmp_path / name for name in ("rows.json", "plot.png", "table.md")]
+    monkeypatch.setattr("memjax.cli._load", lambda name: None)
+    monkeypatch.setattr(
+        "memjax.evaluate.eviction.evaluate_eviction", lambda lm, wanted, tell: (seen.append(wanted), tell("done"), result)[2]
+    )
+    arguments = ["eval", "--suite", "evict", "--policy", H2O, "--fraction", "1", "--fraction", "0.25", "--depth", "0.5"]
+    arguments += ["--tokens", "512", "--chunk", "64", "--continuation", "64", "--cache-dtype", "float32"]
+    for option, file in zip(("--json", "--plot", "--markdown"), files, strict=True):
+        arguments += [option, str(file)]
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    assert seen == [SMALL]
+    assert "multi-key, shown" in found.stdout
+    assert json.loads(files[0].read_text())["rows"] == result["rows"]
+    assert files[1].stat().st_size > 10_000
+    assert files[2].read_text() == eviction_markdown(result)
 
 
 # ---- methods, and what is refused ----------------------------------------------------------------------------------
