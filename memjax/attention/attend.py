@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from memjax.attention.progressive import progressive_attention
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.layer import LayerCache, Segment, bare, leaving_count, staged_positions
+from memjax.evict.expected_attention import SKIPPED, add_queries
 from memjax.evict.observer import Look
 from memjax.offload import pool
 from memjax.pallas_kernels.decode import Centre, decode
@@ -41,8 +42,8 @@ def attend(
       what was read, if it keeps one.
 
     Raises:
-      ValueError: query heads are no multiple of kv_heads, another batch or head_dim, or without ``positions`` another
-        number of queries than of staged tokens.
+      ValueError: query heads are no multiple of kv_heads or not those of the spec, another batch or head_dim, or without
+        ``positions`` another number of queries than of staged tokens.
     """
     spec = cache.spec
     if q.ndim != 4 or q.shape[0] != spec.batch or q.shape[2] % spec.kv_heads or q.shape[3] != spec.head_dim:
@@ -51,6 +52,8 @@ def attend(
             f"kv_heads={spec.kv_heads}, got {list(q.shape)}"
         )
     batch, tokens, heads, _ = q.shape
+    if spec.q_heads not in (None, heads):
+        raise ValueError(f"attend got {heads} query heads for a cache that was made for q_heads={spec.q_heads}")
     consecutive = positions is None
     if positions is None:
         if cache.staged is not None and cache.staged.slots != tokens:
@@ -66,6 +69,9 @@ def attend(
     if cache.history is not None:
         parts += reader.history_parts(parts + apart)
     out, lse = merge(parts + apart)
+    if consecutive and cache.staged is not None and cache.moments is not None:
+        counts = (positions >= SKIPPED) & (positions - cache.length[:, None] < cache.staged_count[:, None])
+        cache = dataclasses.replace(cache, moments=add_queries(cache.moments, q, counts))
     if observed:
         cache = _observed(reader, q, out, lse)
     if reader.counts is not None:

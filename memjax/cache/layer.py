@@ -28,6 +28,7 @@ from memjax.cache.admit import admit
 from memjax.cache.layout import Layout, layout
 from memjax.cache.slots import take, write, write_ring
 from memjax.cache.spec import CacheSpec
+from memjax.evict.expected_attention import Moments, expected_logits, mean_rotation, no_moments
 from memjax.offload import pool
 from memjax.pallas_kernels.codes import Codes, dense
 from memjax.pallas_kernels.slots import FREE
@@ -74,6 +75,7 @@ class Segment:
         "written",
         "basis",
         "refined",
+        "moments",
     ],
     meta_fields=["policy", "spec"],
 )
@@ -91,6 +93,7 @@ class LayerCache:
       basis: statistics in which the history is coded; None without a front end.
       refined: float32 [B, 2], pages that decode steps have read in full and pages that they have read at all, summed over kv
         heads; None for codecs whose pages are all read alike.
+      moments: of the queries so far, for an evictor that studies them.
       policy, spec: static.
     """
 
@@ -107,6 +110,7 @@ class LayerCache:
     policy: CachePolicy
     spec: CacheSpec
     refined: Array | None = None
+    moments: Moments | None = None
 
     @property
     def layout(self) -> Layout:
@@ -153,6 +157,7 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
         policy=policy,
         spec=spec,
         refined=init_counters(policy, spec) if place.slots else None,
+        moments=no_moments(spec) if place.moments else None,
     )
 
 
@@ -393,7 +398,11 @@ def _admitted(cache: LayerCache, stored: Segment, exact: Segment, position: Arra
 
     end = _end(cache)
     alive = jnp.zeros_like(end) if spec.window is None else end - spec.window + 1
-    return admit(history, new, judge, end, keys, alive, cache.policy.codec.values if place.folds else None)
+
+    def expected(horizon: int) -> Array:
+        return expected_logits(cache.moments, keys(), mean_rotation(spec, end, horizon), spec.attention_scale)
+
+    return admit(history, new, judge, end, keys, alive, cache.policy.codec.values if place.folds else None, expected)
 
 
 def encode_in_two(

@@ -31,6 +31,7 @@ _NAMES = (
     "dropkv",
     "knorm",
     "keydiff",
+    "expected_attention",
     "massfold",
     "host",
     "protect",

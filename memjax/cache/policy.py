@@ -132,6 +132,8 @@ class CachePolicy:
                 f"{self}: {self.codec.name} reads chosen pages of the device's memory, which the host tier cannot serve yet"
             )
         self.check_fold()
+        if self.evictor is not None:
+            self.evictor.validate(spec)
         if self.fold is not None and spec.latent_dim is not None:
             raise ValueError(f"{self}: massfold changes values and leaves keys, but a latent stream has one vector for both")
         if isinstance(self.evictor, Budgeted):

@@ -202,9 +202,8 @@ def pairs(spec: CacheSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rope, dim = spec.rope, spec.coded_dim
     if not isinstance(rope, Rope) or rope.start + rope.dim > dim:
         return np.arange(0), np.arange(0), np.arange(dim)
-    inside = rope.start + np.arange(rope.dim)
-    a, b = (inside[0::2], inside[1::2]) if rope.interleaved else np.split(inside, 2)
-    return a, b, np.setdiff1d(np.arange(dim), inside)
+    a, b = rope.pairs
+    return a, b, np.setdiff1d(np.arange(dim), np.concatenate([a, b]))
 
 
 def turn(x: Float[Array, "B K H T"], position: Int[Array, "B 1|K T"], spec: CacheSpec) -> Float[Array, "B K H T"]:
