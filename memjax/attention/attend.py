@@ -192,7 +192,8 @@ class _Reader:
         """Fills ``logits``, for scores alone."""
         self.keeps_logits, self.kernels = True, implementation
         self.recent_parts()
-        if self.cache.history is not None and self.cache.layout.observer.history:
+        observer = self.cache.layout.observer
+        if self.cache.history is not None and (observer is None or observer.history):
             self.history_parts([])
 
     def scored(self, out: Array, lse: Array, decay: Array, weights: Array) -> LayerCache:
@@ -273,7 +274,8 @@ class _Reader:
         if cache.refined is not None and self.positions.shape[1] <= DECODE_TOKENS:
             parts = [self._progressive_part(q, centre, others)]
         else:
-            keep = "history" if cache.layout.observer is not None and cache.layout.observer.history else ""
+            observer = cache.layout.observer
+            keep = "" if observer is not None and not observer.history else "history"
             parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre, keep=keep)]
         if cache.rest is not None:
             parts.append(self._attend(q, cache.rest, cache.rest.pos, self.kernels, centre=centre))
