@@ -25,6 +25,7 @@ _NAMES = {
         "auto",
         "dense",
         "dropkv",
+        "expected_attention",
         "fp8",
         "h2o",
         "gear",

@@ -179,7 +179,7 @@ class Decoder(nnx.Module):
 
 def cache_specs(config: ModelConfig, batch: int, capacity: int, dtype: str = "bfloat16") -> tuple[CacheSpec, ...]:
     """What each layer of a model asks of a cache, without the model."""
-    one = CacheSpec(batch, config.kv_heads, config.head_dim, capacity, dtype)
+    one = CacheSpec(batch, config.kv_heads, config.head_dim, capacity, dtype, q_heads=config.q_heads)
     return tuple(
         dataclasses.replace(one, rope=rope, window=window)
         for rope, window in zip(config.ropes, config.windows, strict=True)

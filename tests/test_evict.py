@@ -35,6 +35,7 @@ from memjax.evict.evictor import Candidates
 from memjax.evict.snapkv import pooled
 from memjax.pallas_kernels.codes import dense
 
+SPEC = dataclasses.replace(SPEC, q_heads=HEADS * GROUPS)
 SINKS, RECENT, BUDGET = 2, 6, 20
 KEPT = BUDGET - SINKS - RECENT
 WINDOWS = f"+protect({SINKS},{RECENT})"
@@ -144,6 +145,27 @@ def away_from_the_mean(head: Reference, candidates: np.ndarray) -> np.ndarray:
     return -(unit @ anchor) / np.linalg.norm(anchor)
 
 
+def remember_end(head: Reference, start: int, end: int) -> None:
+    head.end = end
+
+
+def expected(horizon: int, epsilon: float):
+    """Gaussian queries like those so far but the first four, under the mean rotation of the positions to come."""
+
+    def rank(head: Reference, candidates: np.ndarray) -> np.ndarray:
+        at, k = np.arange(4, head.end), head.k[candidates]
+        future = np.arange(head.end, head.end + horizon)
+        turn = np.mean([numpy_rope(np.eye(DIM), np.full(DIM, p), ROPE.theta).T for p in future], axis=0)
+        attention = np.zeros(len(candidates))
+        for q in numpy_rope(head.q[:, at], -at, ROPE.theta):
+            mean, covariance = turn @ q.mean(0), turn @ np.cov(q.T, bias=True) @ turn.T
+            z = k @ mean / np.sqrt(DIM) + np.einsum("sh,hg,sg->s", k, covariance, k) / (2 * DIM)
+            attention += np.exp(z) / np.exp(z).sum() / len(head.q)
+        return (attention + epsilon) * np.linalg.norm(head.v[candidates], axis=-1)
+
+    return rank
+
+
 # policy, how probabilities become scores, how candidates are ranked
 METHODS = {
     f"h2o({BUDGET})": (accumulate, lambda head, c: head.score[c]),
@@ -151,6 +173,7 @@ METHODS = {
     f"tova({BUDGET})": (last_query, lambda head, c: np.mean([peer.score[c] for peer in head.peers], 0)),
     f"snapkv({BUDGET},window=4)": (window_of(4), neighbours(2)),
     f"dropkv({BUDGET},window=4)": (changes_of(4), neighbours(3)),
+    f"expected_attention({BUDGET},horizon=8,epsilon=0.01)": (remember_end, expected(8, 0.01)),
     f"knorm({BUDGET})": (None, lambda head, c: -np.linalg.norm(head.k[c], axis=-1)),
     f"keydiff({BUDGET})": (None, away_from_the_mean),
 }

@@ -15,6 +15,7 @@ from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.encode import fitted
 from memjax.cache.layer import LayerCache, leaving_count, staged_positions
 from memjax.cache.segment import Segment, bare
+from memjax.evict.expected_attention import SKIPPED, add_queries
 from memjax.evict.observer import Look
 from memjax.offload import pool
 from memjax.pallas_kernels.decode import Centre, decode
@@ -45,8 +46,8 @@ def attend(
       what was read, if it keeps one.
 
     Raises:
-      ValueError: query heads are no multiple of kv_heads, another batch or head_dim, or without ``positions`` another
-        number of queries than of staged tokens.
+      ValueError: query heads are no multiple of kv_heads or not those of the spec, another batch or head_dim, or without
+        ``positions`` another number of queries than of staged tokens.
     """
     spec = cache.spec
     if q.ndim != 4 or q.shape[0] != spec.batch or q.shape[2] % spec.kv_heads or q.shape[3] != spec.head_dim:
@@ -55,6 +56,8 @@ def attend(
             f"kv_heads={spec.kv_heads}, got {list(q.shape)}"
         )
     batch, tokens, heads, _ = q.shape
+    if spec.q_heads not in (None, heads):
+        raise ValueError(f"attend got {heads} query heads for a cache that was made for q_heads={spec.q_heads}")
     consecutive = positions is None
     if positions is None:
         if cache.staged is not None and cache.staged.slots != tokens:
@@ -70,6 +73,9 @@ def attend(
     if cache.history is not None:
         parts += reader.history_parts(parts + apart)
     out, lse = merge(parts + apart)
+    if consecutive and cache.staged is not None and cache.moments is not None:
+        counts = (positions >= SKIPPED) & (positions - cache.length[:, None] < cache.staged_count[:, None])
+        cache = dataclasses.replace(cache, moments=add_queries(cache.moments, q, counts))
     if observed:
         cache = _observed(reader, q, out, lse)
     if reader.counts is not None:
@@ -196,7 +202,8 @@ class _Reader:
         """Fills ``logits``, for scores alone."""
         self.keeps_logits, self.kernels = True, implementation
         self.recent_parts()
-        if self.cache.history is not None and self.cache.layout.observer.history:
+        observer = self.cache.layout.observer
+        if self.cache.history is not None and (observer is None or observer.history):
             self.history_parts([])
 
     def scored(self, out: Array, lse: Array, decay: Array, weights: Array) -> LayerCache:
@@ -280,7 +287,8 @@ class _Reader:
         elif cache.bounds is not None and self.positions.shape[1] <= DECODE_TOKENS:
             parts = [self._chosen_part(q, centre)]
         else:
-            keep = "history" if cache.layout.observer is not None and cache.layout.observer.history else ""
+            observer = cache.layout.observer
+            keep = "" if observer is not None and not observer.history else "history"
             parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre, keep=keep)]
         if cache.rest is not None:
             parts.append(self._attend(q, cache.rest, cache.rest.pos, self.kernels, centre=centre))

@@ -84,6 +84,12 @@ class Rope:
             if len(getattr(self, name)) != self.dim // 2:
                 raise ValueError(f"rope {name} needs dim/2 = {self.dim // 2} numbers, got {len(getattr(self, name))}")
 
+    @property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """First and second channel of each pair, [dim/2] each."""
+        inside = self.start + np.arange(self.dim)
+        return (inside[0::2], inside[1::2]) if self.interleaved else (inside[: self.dim // 2], inside[self.dim // 2 :])
+
     def inv_freq(self, seq_len: int) -> np.ndarray:
         """Angle per position of each pair, float32 [dim/2], for texts of up to ``seq_len`` tokens."""
         return _frequencies(self, seq_len)[0]

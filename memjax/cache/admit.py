@@ -27,6 +27,7 @@ def admit(
     keys,
     alive: Int[Array, "B"],
     values: Codec | None = None,
+    expected=None,
 ) -> Segment:
     """The history after coded tokens, leaves [B, K, ..., T], have competed with it for its slots.
 
@@ -36,10 +37,11 @@ def admit(
       keys: gives the keys of the history and of the new tokens, [B, K, H, S + T].
       alive: the first position that the model's own window still sees; tokens before it go first.
       values: the codec of the values, with which tokens that go are folded into others; None: they are not.
+      expected: gives the expected logits of all of them, see ``Candidates``.
     """
     both = lambda a, b: jnp.concatenate([a, b], axis=-1)  # noqa: E731
     pos, score = both(history.pos, new.pos), both(history.score, new.score) if evictor.scored else None
-    tokens = Candidates(score, pos, end, keys)
+    tokens = Candidates(score, pos, end, keys, expected)
     living = pos >= alive[:, None, None]
     rank = _order(evictor.rank(tokens), pos, living)
     if new.slots == 1:

@@ -30,16 +30,12 @@ from memjax.cache.layout import Layout, layout
 from memjax.cache.segment import Segment, bare, cast
 from memjax.cache.slots import take, write, write_ring
 from memjax.cache.spec import CacheSpec
+from memjax.evict.expected_attention import Moments, expected_logits, mean_rotation, no_moments
 from memjax.offload import pool
 from memjax.pallas_kernels.codes import dense
 from memjax.pallas_kernels.slots import FREE
 from memjax.quantize.codec import Dense, KeyValueCodec
-from memjax.quantize.front import (
-    Basis,
-    measure,
-    observe,
-    value_weight,
-)
+from memjax.quantize.front import Basis, measure, observe, value_weight
 
 if TYPE_CHECKING:
     from memjax.cache.policy import CachePolicy
@@ -61,6 +57,7 @@ if TYPE_CHECKING:
         "basis",
         "refined",
         "bounds",
+        "moments",
     ],
     meta_fields=["policy", "spec"],
 )
@@ -81,6 +78,7 @@ class LayerCache:
       refined: float32 [B, 2], pages that decode steps have read in full and pages that they have read at all, summed over kv
         heads; None for codecs whose pages are all read alike.
       bounds: of the keys of each page of the history; None for policies that read all pages.
+      moments: of the queries so far, for an evictor that studies them.
       policy, spec: static.
     """
 
@@ -99,6 +97,7 @@ class LayerCache:
     spec: CacheSpec
     refined: Array | None = None
     bounds: KeyBounds | None = None
+    moments: Moments | None = None
 
     @property
     def layout(self) -> Layout:
@@ -147,6 +146,7 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
         spec=spec,
         refined=init_counters(policy, spec) if place.slots else None,
         bounds=empty_bounds(place, spec),
+        moments=no_moments(spec) if place.moments else None,
     )
 
 
@@ -426,7 +426,12 @@ def _admitted(cache: LayerCache, stored: Segment, exact: Segment, position: Arra
 
     end = _end(cache)
     alive = jnp.zeros_like(end) if spec.window is None else end - spec.window + 1
-    return admit(history, new, judge, end, keys, alive, fitted(cache.policy.codec, cache.basis)[1] if place.folds else None)
+
+    def expected(horizon: int) -> Array:
+        return expected_logits(cache.moments, keys(), mean_rotation(spec, end, horizon), spec.attention_scale)
+
+    values = fitted(cache.policy.codec, cache.basis)[1] if place.folds else None
+    return admit(history, new, judge, end, keys, alive, values, expected)
 
 
 def _source(written: Array, written_after: Array, place: Layout) -> Int[Array, "B S"]:

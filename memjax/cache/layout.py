@@ -34,6 +34,7 @@ class Layout:
       placed: the history's slots hold positions of their own.
       judge: who decides which tokens of the history stay; None: all, or by age alone.
       folds: tokens that go are folded into those that stay.
+      moments: those of the queries are kept.
       observer: whose attention gives scores to tokens; None: nobody's.
       page: slots of the history that are read together by who reads some pages only.
       chosen: pages that a decode step reads per kv head; 0: it reads all of the history.
@@ -52,6 +53,7 @@ class Layout:
     placed: bool
     judge: Budgeted | None
     folds: bool
+    moments: bool
     observer: Observer | None
     page: int
     chosen: int
@@ -96,6 +98,7 @@ def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
         placed=judge is not None or policy.codec.rest is not None,
         judge=judge,
         folds=judge is not None and policy.fold is not None,
+        moments=judge is not None and judge.studies_queries,
         observer=policy.codec.observer if judge is None else judge.observer,
         page=page,
         chosen=chosen,

@@ -29,7 +29,7 @@ class Bytes:
       windows: sinks, tail and staged tokens, dense.
       state: recurrent states.
       basis: statistics of a codec's front end.
-      counters: lengths and the like.
+      counters: lengths, moments of queries and the like.
       history_values: numbers (keys and values) that the slots of the history stand for, device and host copies apart.
     """
 
@@ -70,7 +70,9 @@ def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
     if not isinstance(cache, LayerCache):
         return sum((nbytes(layer) for layer in cache), Bytes())
     windows = _size((cache.sinks, cache.tail, cache.staged))
-    counters = _size((cache.length, cache.written, cache.staged_count, cache.staged_weight, cache.refined))
+    counters = _size(
+        (cache.length, cache.written, cache.staged_count, cache.staged_weight, cache.refined, cache.moments)
+    )
     device, host, basis = _size((cache.history, cache.rest, cache.bounds)), _size(cache.host), _size(cache.basis)
     slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
     slots += 0 if cache.host is None else cache.layout.host_slots
@@ -116,6 +118,7 @@ def _predict_attention(policy: CachePolicy, spec: CacheSpec) -> Bytes:
     windows += 4 * vectors * place.tail * (place.observer is not None)
     basis = _basis_numbers(policy, spec) * 4 if place.slots else 0
     counters = (4 if policy.codec.page > 1 and place.slots else 2) * 4 * spec.batch
+    counters += 4 * spec.batch * (1 + spec.q_heads * spec.head_dim * (1 + spec.head_dim)) if place.moments else 0
     return Bytes(
         device=windows + basis + counters + device,
         host=host,

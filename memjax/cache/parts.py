@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from memjax.cache.policy import CachePolicy, Windows
-from memjax.evict import H2O, DropKV, KeyDiff, Knorm, MassFold, PyramidKV, Quest, SnapKV, Streaming, Tova
+from memjax.evict import (
+    H2O,
+    DropKV,
+    ExpectedAttention,
+    KeyDiff,
+    Knorm,
+    MassFold,
+    PyramidKV,
+    Quest,
+    SnapKV,
+    Streaming,
+    Tova,
+)
 from memjax.offload import HostTier
 from memjax.quantize import (
     NF4,
@@ -168,6 +180,13 @@ def knorm(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
 def keydiff(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
     """Keys unlike the others stay, see ``memjax.evict.keydiff``."""
     return CachePolicy(evictor=KeyDiff(budget, fraction))
+
+
+def expected_attention(
+    budget: int = 0, fraction: float = 0.0, horizon: int = 512, epsilon: float = 0.0
+) -> CachePolicy:
+    """Attention of queries still to come, see ``memjax.evict.expected_attention``."""
+    return CachePolicy(evictor=ExpectedAttention(budget, fraction, horizon, epsilon))
 
 
 def massfold() -> CachePolicy:

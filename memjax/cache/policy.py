@@ -156,6 +156,8 @@ class CachePolicy:
         self.check_fold()
         if self.fold is not None and self.codec.two_streams:
             raise ValueError(f"{self}: massfold merges values of one stream, and {self.codec.name} stores two")
+        if self.evictor is not None:
+            self.evictor.validate(spec)
         if self.fold is not None and spec.latent_dim is not None:
             raise ValueError(f"{self}: massfold changes values and leaves keys, but a latent stream has one vector for both")
         if isinstance(self.evictor, Budgeted):

@@ -44,6 +44,7 @@ class CacheSpec:
       latent_dim: for multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the cached stream is
         [latent | rotary part], values are its first ``latent_dim`` channels and only these are ever quantized. Then
         kv_heads is 1 and ``update`` takes no values.
+      q_heads: query heads, N, for methods that keep something of each of them; None: not said.
 
     Raises:
       ValueError: a size below 1, a dtype that is not a float of 16 or 32 bits, or an inconsistent combination.
@@ -59,6 +60,7 @@ class CacheSpec:
     window: int | None = None
     softcap: float | None = None
     latent_dim: int | None = None
+    q_heads: int | None = None
 
     def __post_init__(self):
         sizes = {name: getattr(self, name) for name in ("batch", "kv_heads", "head_dim", "capacity")}
@@ -68,6 +70,10 @@ class CacheSpec:
             raise ValueError(f"CacheSpec rope must be a Rope, None or 'applied', got {self.rope!r}")
         if self.window is not None:
             check_integers("CacheSpec", 1, window=self.window)
+        if self.q_heads is not None:
+            check_integers("CacheSpec", 1, q_heads=self.q_heads)
+            if self.q_heads % self.kv_heads:
+                raise ValueError(f"CacheSpec q_heads must be a multiple of kv_heads={self.kv_heads}, got {self.q_heads}")
         if self.latent_dim is not None:
             check_integers("CacheSpec", 1, latent_dim=self.latent_dim)
             if self.latent_dim > self.head_dim or self.kv_heads != 1:

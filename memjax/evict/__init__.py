@@ -2,6 +2,7 @@
 
 from memjax.evict.dropkv import DropKV
 from memjax.evict.evictor import Budgeted, Evictor
+from memjax.evict.expected_attention import ExpectedAttention
 from memjax.evict.h2o import H2O
 from memjax.evict.keydiff import KeyDiff
 from memjax.evict.knorm import Knorm
@@ -17,6 +18,7 @@ __all__ = [
     "Budgeted",
     "DropKV",
     "Evictor",
+    "ExpectedAttention",
     "KeyDiff",
     "Knorm",
     "MassFold",

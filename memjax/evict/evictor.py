@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple, Self
 
 from jaxtyping import Array, Float, Int
 
-from memjax.cache.spec import check_integers
+from memjax.cache.spec import CacheSpec, check_integers
 from memjax.evict.observer import Observer
 
 
@@ -22,12 +22,14 @@ class Candidates(NamedTuple):
       pos: their positions in the text; negative: no token.
       end: tokens of the text so far.
       keys: gives the cached keys, rotated, float32: those of the history as its codes remember them.
+      expected: gives the expected logits of queries at so many positions to come, for evictors that study queries.
     """
 
     score: Float[Array, "B K S"] | None
     pos: Int[Array, "B K S"]
     end: Int[Array, "B"]
     keys: Callable[[], Float[Array, "B K H S"]]
+    expected: Callable[[int], Float[Array, "B K G S"]] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Evictor:
     """Decides which tokens of a layer stay."""
 
     name: ClassVar[str] = "evictor"
+
+    def validate(self, spec: CacheSpec) -> None:
+        """Raises ValueError if the evictor cannot serve ``spec``, with the reason."""
 
     def for_layer(self, index: int, layers: int, protected: int) -> Self:
         """The evictor of layer ``index`` of ``layers``, in each of which so many tokens are protected."""
@@ -59,6 +64,7 @@ class Budgeted(Evictor):
     """
 
     scored: ClassVar[bool] = True  # whether a score is kept per slot
+    studies_queries: ClassVar[bool] = False  # whether moments of the queries are kept, see ``memjax.evict.expected_attention``
 
     budget: int = dataclasses.field(default=0, metadata={"unset": 0})
     fraction: float = 0.0

@@ -244,9 +244,7 @@ def pairs(spec: CacheSpec, count: int = ALL) -> tuple[np.ndarray, np.ndarray, np
     chosen, rope = followed(spec, count), spec.rope
     if not chosen.size:
         return chosen, chosen, np.arange(spec.coded_dim)
-    inside = rope.start + np.arange(rope.dim)
-    a, b = (inside[0::2], inside[1::2]) if rope.interleaved else np.split(inside, 2)
-    a, b = a[chosen], b[chosen]
+    a, b = (channels[chosen] for channels in rope.pairs)
     return a, b, np.setdiff1d(np.arange(spec.coded_dim), [*a, *b])
 
 

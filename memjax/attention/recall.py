@@ -1,0 +1,56 @@
+"""Attention of tokens that are only tried out: nothing is committed, and what they look at in the history is scored."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from memjax.attention.attend import _Reader, _sink_positions, _tail_positions, history_positions
+from memjax.cache.layer import LayerCache, staged_positions
+from memjax.evict.kvzip import attention_in_chunk
+from memjax.pallas_kernels.merge import merge
+from memjax.pallas_kernels.slots import FREE, Span, positions
+
+BLOCK = 64  # queries whose logits over the whole cache exist at once
+
+
+def recall(cache: LayerCache, q: Float[Array, "B T N H"]) -> Float[Array, "B T N Hv"]:
+    """What staged tokens read, as ``attend`` gives it, but they need no slots: they will be forgotten."""
+    batch, tokens, heads, _ = q.shape
+    reader = _Reader(cache, q, staged_positions(cache, tokens), True)
+    parts = reader.recent_parts()
+    if cache.history is not None:
+        parts += reader.history_parts(parts)
+    return merge(parts)[0].reshape(batch, heads, tokens, -1).swapaxes(1, 2).astype(q.dtype)
+
+
+def recall_scores(
+    cache: LayerCache, q: Float[Array, "B T N H"], begin: Int[Array, "B"], end: Int[Array, "B"]
+) -> Float[Array, "B K S"]:
+    """KVzip's scores of the history's tokens at positions ``begin <= p < end``, by the staged tokens' queries; else 0."""
+    tokens = q.shape[1]
+    at = staged_positions(cache, tokens)
+    at = jnp.where(at - cache.length[:, None] < cache.staged_count[:, None], at, FREE)
+    block = min(BLOCK, tokens)
+    padding = -tokens % block
+    q, at = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))), jnp.pad(at, ((0, 0), (0, padding)), constant_values=FREE)
+    k_pos, others = positions(history_positions(cache), cache.history.slots), _recent_positions(cache)
+
+    def scored(best: Array, i: Array) -> tuple[Array, None]:
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)  # noqa: E731
+        reader = _Reader(cache, cut(q), cut(at), False)
+        reader.observe("xla")
+        recent, history = reader.logits["recent"], reader.logits["history"]
+        return jnp.maximum(best, attention_in_chunk(history, k_pos, (recent, others), begin, end, cache.length)), None
+
+    nothing = jnp.zeros((cache.spec.batch, cache.spec.kv_heads, cache.history.slots), jnp.float32)
+    return jax.lax.scan(scored, nothing, jnp.arange((tokens + padding) // block))[0]
+
+
+def _recent_positions(cache: LayerCache) -> Int[Array, "B 1 R"]:
+    """Of the slots whose logits come together: sinks, tail and staged tokens."""
+    found = [positions(_sink_positions(cache), cache.sinks.slots)] if cache.sinks is not None else []
+    found += [_tail_positions(cache)] if cache.tail is not None else []
+    found.append(positions(Span(cache.length, cache.staged_count), cache.staged.slots))
+    return jnp.concatenate(found, axis=-1)
