@@ -12,6 +12,7 @@ from memjax.attention.progressive import progressive_attention
 from memjax.attention.quest import page_scores, pages_seen, quest_attention
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.layer import LayerCache, Segment, bare, leaving_count, staged_positions
+from memjax.cache.share import heads_apart, shared_queries
 from memjax.offload import pool
 from memjax.pallas_kernels.decode import Centre, decode
 from memjax.pallas_kernels.merge import merge, probability_mass
@@ -153,10 +154,10 @@ class _Reader:
           keep: the name by which logits are kept for scores, if any are wanted.
           paging: a page table, and what goes with it.
         """
-        coded = self.spec.coded_dim
+        coded, groups = self.spec.coded_dim, q.shape[2] // self.positions.shape[1]
         arguments = {
             "k_pos": k_pos,
-            "q_extra": q[..., coded:] if self.spec.extra_dim else None,
+            "q_extra": None if segment.extra is None else q[..., coded:],
             "k_extra": segment.extra,
             "scale": self.spec.attention_scale,
             "softcap": self.spec.softcap,
@@ -168,8 +169,8 @@ class _Reader:
         q = q[..., :coded]
         if self.in_blocks and q_pos is None and centre is None:
             start = self.positions[:, 0]
-            return prefill(q, segment.k, segment.v, q_start=start, groups=self.groups, **arguments)
-        q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
+            return prefill(q, segment.k, segment.v, q_start=start, groups=groups, **arguments)
+        q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, groups))
         if not (keep and self.keeps_logits):
             return decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, **arguments, **paging)
         out, lse, self.logits[keep] = decode(q, segment.k, segment.v, q_pos=q_pos, centre=centre, logits=True, **arguments)
@@ -193,6 +194,8 @@ class _Reader:
                 found[name] = recent[..., at : at + segment.slots]
                 at += segment.slots
         if "history" in self.logits:
+            if cache.layout.shared:
+                lse, weights = lse.reshape(lse.shape[0], 1, -1), jnp.tile(weights, (1, lse.shape[1]))
             found["history"] = probability_mass(self.logits["history"], lse, weights)
 
         def add(segment: Segment, mass: Array) -> Segment:
@@ -252,13 +255,27 @@ class _Reader:
             parts = [self._chosen_part(q, centre)]
         else:
             keep = "history" if cache.layout.observer is not None and cache.layout.observer.history else ""
-            parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre, keep=keep)]
+            read = self._shared_part if cache.layout.shared else self._history_part
+            parts = [read(q, centre, keep)]
         if cache.rest is not None:
             parts.append(self._attend(q, cache.rest, cache.rest.pos, self.kernels, centre=centre))
         if cache.host is not None:
             parts.append(self._host_part(q, centre))
         values = codec.keys if self.spec.latent_dim else codec.values
         return [(restore_outputs(basis, values.out_of_basis(out), lse, self.spec), lse) for out, lse in parts]
+
+    def _history_part(self, q: Array, centre: Centre | None, keep: str):
+        """All of the coded history on the device."""
+        return self._attend(q, self.cache.history, history_positions(self.cache), self.kernels, centre=centre, keep=keep)
+
+    def _shared_part(self, q: Array, centre: Centre | None, keep: str):
+        """A history that the heads share: each sees the slots that it owns."""
+        history, heads = self.cache.history, q.shape[1]
+        q, owners = shared_queries(q, history.owner, self.spec.attention_scale)
+        if centre is not None:
+            centre = Centre(centre.weights.reshape(*q.shape[:3], -1), centre.inv_freq)
+        pool = dataclasses.replace(bare(history), extra=owners)
+        return heads_apart(*self._attend(q, pool, history.pos, self.kernels, centre=centre, keep=keep), heads)
 
     def _progressive_part(self, q: Array, centre: Centre | None, others: list):
         """The coded history, pages that matter with all their bits."""

@@ -31,14 +31,14 @@ def admit(
     both = lambda a, b: jnp.concatenate([a, b], axis=-1)  # noqa: E731
     pos, score = both(history.pos, new.pos), both(history.score, new.score) if evictor.scored else None
     rank = evictor.rank(Candidates(score, pos, end, keys))
-    rank = _order(rank, pos, pos >= alive[:, None, None])
+    rank = ordered(rank, pos, pos >= alive[:, None, None])
     if new.slots == 1:
         lowest = rank == jnp.min(rank, axis=-1, keepdims=True)
         return write_at(history, new, jnp.argmax(jnp.where(lowest, pos, FREE - 1), axis=-1))  # of equal ones the newest goes
     return take(jax.tree.map(both, history, new), top_slots(rank, history.slots))
 
 
-def _order(
+def ordered(
     rank: Float[Array, "B K S"], pos: Int[Array, "B K S"], alive: Bool[Array, "B K S"]
 ) -> Float[Array, "B K S"]:
     """Ranks among which no token, whatever its score, ties with a free slot, nor one that lives with one that does not."""

@@ -27,6 +27,7 @@ from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.admit import admit
 from memjax.cache.bounds import KeyBounds, bounds_after, empty_bounds
 from memjax.cache.layout import Layout, layout
+from memjax.cache.share import admit_shared
 from memjax.cache.slots import take, write, write_ring
 from memjax.cache.spec import CacheSpec
 from memjax.offload import pool
@@ -40,13 +41,14 @@ if TYPE_CHECKING:
     from memjax.cache.policy import CachePolicy
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "extra", "pos", "score"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "extra", "pos", "score", "owner"], meta_fields=[])
 @dataclass(frozen=True)
 class Segment:
     """Key and value codes [B, K, C, S]; ``v`` is None for a latent stream, ``extra`` its dense rotary part.
 
     ``pos`` int32 [B, K, S] is stored where slots and positions have come apart (-1: free), else None; ``score`` float32
-    [B, K, S] where the policy judges tokens.
+    [B, K, S] where the policy judges tokens. Where the kv heads share one pool of slots, the shapes are those of one head with
+    the slots of all of them, and ``owner`` int8 [B, 1, S] says whose a slot is.
     """
 
     k: Codes
@@ -54,6 +56,7 @@ class Segment:
     extra: Codes | None
     pos: Array | None = None
     score: Array | None = None
+    owner: Array | None = None
 
     @property
     def slots(self) -> int:
@@ -121,10 +124,13 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
     policy.validate(spec)
     place, codec = layout(policy, spec), policy.codec
 
-    def segment(slots: int, codec: KeyValueCodec, placed: bool = False, scored: bool = False) -> Segment | None:
+    def segment(
+        slots: int, codec: KeyValueCodec, placed: bool = False, scored: bool = False, shared: bool = False
+    ) -> Segment | None:
         if slots == 0:
             return None
-        lead = (spec.batch, spec.kv_heads)
+        lead = (spec.batch, 1 if shared else spec.kv_heads)
+        slots *= spec.kv_heads if shared else 1
         latent = spec.latent_dim is not None
         return Segment(
             k=codec.keys.zeros((*lead, spec.coded_dim, slots), spec.dtype),
@@ -132,12 +138,14 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
             extra=Dense().zeros((*lead, spec.extra_dim, slots), spec.dtype) if spec.extra_dim else None,
             pos=jnp.full((*lead, slots), FREE, jnp.int32) if placed else None,
             score=jnp.zeros((*lead, slots), jnp.float32) if scored else None,
+            owner=jnp.zeros((*lead, slots), jnp.int8) if shared else None,
         )
 
+    scored = place.judge is not None and place.judge.scored
     host = segment(place.host_slots, codec)
     return LayerCache(
         sinks=segment(place.sinks, Dense()),
-        history=segment(place.resident - place.rest, codec, place.placed, place.judge is not None and place.judge.scored),
+        history=segment(place.resident - place.rest, codec, place.placed, scored, place.shared),
         rest=segment(place.rest, codec.rest, place.placed) if place.rest else None,
         host=None if host is None else pool.store(host, policy.tier.page),
         tail=segment(place.tail, Dense(), scored=place.observer is not None),
@@ -375,20 +383,23 @@ def _write_history(
 
 def _admitted(cache: LayerCache, stored: Segment, exact: Segment, position: Array, count: Array) -> Segment:
     """The history after its judge has compared the tokens that leave the tail, in codes and exact, with those it holds."""
-    spec, judge, history = cache.spec, cache.layout.judge, cache.history
+    spec, place, judge, history = cache.spec, cache.layout, cache.layout.judge, cache.history
     real = jnp.arange(position.shape[1], dtype=jnp.int32) < count[:, None]
     shape = (spec.batch, spec.kv_heads, position.shape[1])
     at = jnp.broadcast_to(jnp.where(real, position, FREE)[:, None], shape)
     score = judge.first_score(exact.k.data, None if exact.v is None else exact.v.data)
     new = dataclasses.replace(stored, pos=at, score=exact.score if score is None else score)
 
+    end = _end(cache)
+    alive = jnp.zeros_like(end) if spec.window is None else end - spec.window + 1
+    if place.shared:
+        return admit_shared(history, new, judge, end, alive)
+
     def keys() -> Array:
         coded = cache.policy.codec.keys.decode(history.k)
         held = restore_keys(cache.basis, coded, jnp.maximum(history.pos, 0), spec)
         return jnp.concatenate([held, exact.k.data.astype(jnp.float32)], axis=-1)
 
-    end = _end(cache)
-    alive = jnp.zeros_like(end) if spec.window is None else end - spec.window + 1
     return admit(history, new, judge, end, keys, alive)
 
 
@@ -480,5 +491,5 @@ def _cast(segment: Segment, dtype: DTypeLike) -> Segment:
 
 
 def bare(segment: Segment) -> Segment:
-    """The tokens alone, without positions and scores."""
-    return dataclasses.replace(segment, pos=None, score=None)
+    """The tokens alone, without positions, scores and owners."""
+    return dataclasses.replace(segment, pos=None, score=None, owner=None)

@@ -28,6 +28,7 @@ _NAMES = (
     "tova",
     "snapkv",
     "pyramidkv",
+    "adakv",
     "knorm",
     "keydiff",
     "quest",

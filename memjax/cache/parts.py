@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memjax.cache.policy import CachePolicy, Windows
-from memjax.evict import H2O, KeyDiff, Knorm, PyramidKV, Quest, SnapKV, Streaming, Tova
+from memjax.evict import H2O, AdaKV, KeyDiff, Knorm, PyramidKV, Quest, SnapKV, Streaming, Tova
 from memjax.offload import HostTier
 from memjax.quantize import (
     NF4,
@@ -134,6 +134,13 @@ def snapkv(budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int
 def pyramidkv(budget: int = 0, window: int = 32, kernel: int = 5, pool: str = "avg", beta: int = 20) -> CachePolicy:
     """SnapKV with budgets that fall from layer to layer, see ``memjax.evict.pyramidkv``."""
     return CachePolicy(evictor=PyramidKV(budget, 0.0, window, kernel, pool, beta))
+
+
+def adakv(
+    budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int = 5, pool: str = "avg", alpha: float = 0.2
+) -> CachePolicy:
+    """SnapKV with one budget for the heads of a layer, see ``memjax.evict.adakv``."""
+    return CachePolicy(evictor=AdaKV(budget, fraction, window, kernel, pool, alpha))
 
 
 def knorm(budget: int = 0, fraction: float = 0.0) -> CachePolicy:

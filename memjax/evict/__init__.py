@@ -1,5 +1,6 @@
 """Evictors: which tokens stay, or are read. One method, one file."""
 
+from memjax.evict.adakv import AdaKV
 from memjax.evict.evictor import Budgeted, Evictor
 from memjax.evict.h2o import H2O
 from memjax.evict.keydiff import KeyDiff
@@ -10,4 +11,4 @@ from memjax.evict.snapkv import SnapKV
 from memjax.evict.streaming import Streaming
 from memjax.evict.tova import Tova
 
-__all__ = ["H2O", "Budgeted", "Evictor", "KeyDiff", "Knorm", "PyramidKV", "Quest", "SnapKV", "Streaming", "Tova"]
+__all__ = ["H2O", "AdaKV", "Budgeted", "Evictor", "KeyDiff", "Knorm", "PyramidKV", "Quest", "SnapKV", "Streaming", "Tova"]
