@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LANES = 128  # slots of a row of a TPU's memory, which small pages have to fill together
 
+
 @dataclass(frozen=True)
 class Layout:
     """Slots of every segment of one layer.
@@ -37,8 +38,8 @@ class Layout:
       judge: who decides which tokens of the history stay; None: all, or by age alone.
       observer: whose attention gives scores to tokens; None: nobody's.
       page: slots of the history that are read together by who reads some pages only.
-      shared: the kv heads share one history, ``slots`` of it for each on average.
       chosen: pages that a decode step reads per kv head; 0: it reads all of the history.
+      shared: the kv heads share one history, ``slots`` of it for each on average.
     """
 
     sinks: int

@@ -3,11 +3,13 @@
 SnapKV's pooled scores, compared over all kv heads of a layer: of K C tokens that the layer keeps (C: the budget less the
 protected tokens) each head first keeps its own best floor(alpha C), the best of all heads fill the rest. alpha = 1 is SnapKV.
 
-The bytes are real. The heads' histories are one pool of K C slots, each with its owner: codes [B, 1, C, K C], and per slot
+The bytes are real. The heads' histories are one pool of K C slots, each with its owner: codes [B, 1, .., K C], and per slot
 position (int32), score (float32) and owner (int8). Attention reads the pool once, for the queries of all heads; one
-channel more per head, that of the slot's owner in the keys and -2^14 for all other heads in the queries, takes slots of
-other heads out of the softmax, exactly: exp underflows to 0 and nothing is added to the head's own scores. The price is
-compute, every query meets the slots of all K heads, which a decode step does not wait for while it waits for memory.
+channel more per head, that of the slot's owner in the keys and in the queries all others, lowers the logits of other heads'
+slots by 2^14: exp of that is 0, exactly, and nothing is added to the head's own. The price is compute: every query meets the
+slots of all K heads, which matters to long chunks, and to a decode step where it does not wait for memory anyway. The
+owners' channels, K numbers of the queries' dtype per slot, exist only while they are read; on a mesh each device of the head
+axis has the whole pool.
 
 Deviations. As SnapKV's. The floor is kvpress' (its alpha 0.2); the authors' code rounds (1 - alpha) c_h + alpha C with c_h
 the head's share of the unrestricted choice, and alpha 0.5, which moves a head with few good tokens less far below the mean.
