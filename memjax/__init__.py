@@ -22,6 +22,7 @@ _NAMES = {
     "memjax.cache.ledger": ("Bytes", "nbytes", "predict_nbytes"),
     "memjax.cache.parse": ("policy",),
     "memjax.cache.parts": (
+        "adakv",
         "auto",
         "dense",
         "dropkv",

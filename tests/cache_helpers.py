@@ -87,6 +87,7 @@ ROWS = [
     Row("streaming(4,20)+progressive(refine=1.0,page=8,share=0.0)+protect(4,6)", Progressive(1.0, 8, 0.0), 4, 6, (4, 20)),
     Row("gear(int4,16)+protect(2,8)", Gear(Int4(), 16), 2, 8),  # of full rank: nothing is lost
     Row("streaming(4,20)+kivi(4,8)+protect(4,6)", Kivi(4, 8), 4, 6, (4, 20), bound=INT4),
+    Row("quest(50,4)+protect(2,8)"),
     Row("streaming(4,16)", evict=(4, 16)),
     Row("streaming(4,16,positions=text)", evict=(4, 16), text_positions=True),
     Row("streaming(0,16)", evict=(0, 16)),

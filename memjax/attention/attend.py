@@ -15,6 +15,7 @@ from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.encode import fitted
 from memjax.cache.layer import LayerCache, leaving_count, staged_positions
 from memjax.cache.segment import Segment, bare
+from memjax.cache.share import heads_apart, shared_queries
 from memjax.evict.expected_attention import SKIPPED, add_queries
 from memjax.evict.observer import Look
 from memjax.offload import pool
@@ -171,6 +172,7 @@ class _Reader:
           paging: a page table, and what goes with it.
         """
         k, extra, coded = segment.k, segment.extra, self.spec.coded_dim
+        groups = q.shape[2] // self.positions.shape[1]
         if isinstance(k, CodePair):  # the second stream is read as the rotary part of a latent stream is
             k, extra, coded = k.first, k.second, k.first.dim
         arguments = {
@@ -187,9 +189,9 @@ class _Reader:
         }
         q = q[..., :coded]
         if self.in_blocks and q_pos is None and segment.bias is None:
-            read = functools.partial(prefill, q, k, q_start=self.positions[:, 0], groups=self.groups, **arguments)
+            read = functools.partial(prefill, q, k, q_start=self.positions[:, 0], groups=groups, **arguments)
         else:
-            q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, self.groups))
+            q_pos = jnp.tile(self.positions if q_pos is None else q_pos, (1, groups))
             read = functools.partial(decode, q, k, q_pos=q_pos, bias=segment.bias, **arguments, **paging)
         first, second = (segment.v.first, segment.v.second) if isinstance(segment.v, CodePair) else (segment.v, None)
         if keep and self.keeps_logits:
@@ -217,6 +219,8 @@ class _Reader:
                 found[name] = observer.score(Look(logits, lse, weights, out, functools.partial(self._values, segment)))
                 at += segment.slots
         if "history" in self.logits:
+            if cache.layout.shared:
+                lse, weights = lse.reshape(lse.shape[0], 1, -1), jnp.tile(weights, (1, lse.shape[1]))
             found["history"] = observer.score(Look(self.logits["history"], lse, weights, out, self._history_values))
 
         def add(segment: Segment, seen: Array) -> Segment:
@@ -289,13 +293,27 @@ class _Reader:
         else:
             observer = cache.layout.observer
             keep = "" if observer is not None and not observer.history else "history"
-            parts = [self._attend(q, cache.history, history_positions(cache), self.kernels, centre=centre, keep=keep)]
+            read = self._shared_part if cache.layout.shared else self._history_part
+            parts = [read(q, centre, keep)]
         if cache.rest is not None:
             parts.append(self._attend(q, cache.rest, cache.rest.pos, self.kernels, centre=centre))
         if cache.host is not None:
             parts.append(self._host_part(q, centre))
         values = keys if self.spec.latent_dim else values
         return [(restore_outputs(basis, values.out_of_basis(out), lse, self.spec), lse) for out, lse in parts]
+
+    def _history_part(self, q: Array, centre: Centre | None, keep: str):
+        """All of the coded history on the device."""
+        return self._attend(q, self.cache.history, history_positions(self.cache), self.kernels, centre=centre, keep=keep)
+
+    def _shared_part(self, q: Array, centre: Centre | None, keep: str):
+        """A history that the heads share: each sees the slots that it owns."""
+        history, heads = self.cache.history, q.shape[1]
+        q, owners = shared_queries(q, history.owner, self.spec.attention_scale)
+        if centre is not None:
+            centre = Centre(centre.weights.reshape(*q.shape[:3], -1), centre.inv_freq)
+        pool = dataclasses.replace(bare(history), extra=owners)
+        return heads_apart(*self._attend(q, pool, history.pos, self.kernels, centre=centre, keep=keep), heads)
 
     def _progressive_part(self, q: Array, centre: Centre | None, others: list):
         """The coded history, pages that matter with all their bits."""

@@ -43,7 +43,7 @@ def admit(
     pos, score = both(history.pos, new.pos), both(history.score, new.score) if evictor.scored else None
     tokens = Candidates(score, pos, end, keys, expected)
     living = pos >= alive[:, None, None]
-    rank = _order(evictor.rank(tokens), pos, living)
+    rank = ordered(evictor.rank(tokens), pos, living)
     if new.slots == 1:
         lowest = rank == jnp.min(rank, axis=-1, keepdims=True)
         goes = jnp.argmax(jnp.where(lowest, pos, FREE - 1), axis=-1)  # of equal ones the newest
@@ -69,7 +69,7 @@ def _fates(rank: Float[Array, "B K S"], slots: int) -> Fates:
     return Fates(jnp.sort(order[..., :slots], axis=-1), order[..., slots:])
 
 
-def _order(
+def ordered(
     rank: Float[Array, "B K S"], pos: Int[Array, "B K S"], alive: Bool[Array, "B K S"]
 ) -> Float[Array, "B K S"]:
     """Ranks among which no token, whatever its score, ties with a free slot, nor one that lives with one that does not."""

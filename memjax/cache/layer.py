@@ -28,6 +28,7 @@ from memjax.cache.bounds import KeyBounds, bounds_after, empty_bounds
 from memjax.cache.encode import decode_keys, encode, encode_in_two, fit_codec, fitted, init_basis
 from memjax.cache.layout import Layout, layout
 from memjax.cache.segment import Segment, bare, cast
+from memjax.cache.share import admit_shared
 from memjax.cache.slots import take, write, write_ring
 from memjax.cache.spec import CacheSpec
 from memjax.evict.expected_attention import Moments, expected_logits, mean_rotation, no_moments
@@ -109,10 +110,11 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
     policy.validate(spec)
     place, codec = layout(policy, spec), policy.codec
 
-    def segment(slots: int, codec: KeyValueCodec, placed=False, scored=False, biased=False) -> Segment | None:
+    def segment(slots: int, codec: KeyValueCodec, placed=False, scored=False, biased=False, shared=False) -> Segment | None:
         if slots == 0:
             return None
-        lead = (spec.batch, spec.kv_heads)
+        lead = (spec.batch, 1 if shared else spec.kv_heads)
+        slots *= spec.kv_heads if shared else 1
         latent = spec.latent_dim is not None
         return Segment(
             k=codec.keys.zeros((*lead, spec.coded_dim, slots), spec.dtype),
@@ -121,18 +123,14 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
             pos=jnp.full((*lead, slots), FREE, jnp.int32) if placed else None,
             score=jnp.zeros((*lead, slots), jnp.float32) if scored else None,
             bias=jnp.zeros((*lead, slots), jnp.float32) if biased else None,
+            owner=jnp.zeros((*lead, slots), jnp.int8) if shared else None,
         )
 
+    scored = place.judge is not None and place.judge.scored
     host = segment(place.host_slots, codec)
     return LayerCache(
         sinks=segment(place.sinks, Dense()),
-        history=segment(
-            place.resident - place.rest,
-            codec,
-            placed=place.placed,
-            scored=place.judge is not None and place.judge.scored,
-            biased=place.folds,
-        ),
+        history=segment(place.resident - place.rest, codec, place.placed, scored, place.folds, place.shared),
         rest=segment(place.rest, codec.rest, place.placed) if place.rest else None,
         host=None if host is None else pool.store(host, policy.tier.page),
         tail=segment(place.tail, Dense(), scored=place.observer is not None),
@@ -411,8 +409,7 @@ def _write_history(
 
 def _admitted(cache: LayerCache, stored: Segment, exact: Segment, position: Array, count: Array) -> Segment:
     """The history after its judge has compared the tokens that leave the tail, in codes and exact, with those it holds."""
-    spec, place, history = cache.spec, cache.layout, cache.history
-    judge = place.judge
+    spec, place, judge, history = cache.spec, cache.layout, cache.layout.judge, cache.history
     real = jnp.arange(position.shape[1], dtype=jnp.int32) < count[:, None]
     shape = (spec.batch, spec.kv_heads, position.shape[1])
     at = jnp.broadcast_to(jnp.where(real, position, FREE)[:, None], shape)
@@ -420,12 +417,14 @@ def _admitted(cache: LayerCache, stored: Segment, exact: Segment, position: Arra
     bias = jnp.zeros(shape, jnp.float32) if place.folds else None
     new = dataclasses.replace(stored, pos=at, score=exact.score if score is None else score, bias=bias)
 
+    end = _end(cache)
+    alive = jnp.zeros_like(end) if spec.window is None else end - spec.window + 1
+    if place.shared:
+        return admit_shared(history, new, judge, end, alive)
+
     def keys() -> Array:
         held = decode_keys(history.k, jnp.maximum(history.pos, 0), cache.policy.codec, cache.basis, spec)
         return jnp.concatenate([held, exact.k.data.astype(jnp.float32)], axis=-1)
-
-    end = _end(cache)
-    alive = jnp.zeros_like(end) if spec.window is None else end - spec.window + 1
 
     def expected(horizon: int) -> Array:
         return expected_logits(cache.moments, keys(), mean_rotation(spec, end, horizon), spec.attention_scale)

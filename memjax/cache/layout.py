@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memjax.cache.spec import CacheSpec
-from memjax.evict import Budgeted, Quest, Streaming
+from memjax.evict import AdaKV, Budgeted, Quest, Streaming
 from memjax.evict.observer import Observer
 
 if TYPE_CHECKING:
     from memjax.cache.policy import CachePolicy
+
+LANES = 128  # slots of a row of a TPU's memory, which small pages have to fill together
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Layout:
       tail: newest tokens, dense, in a ring (slot = position mod tail). With tiles it has room for one that is not full yet.
       kept: tokens that stay in the tail when all whole tiles have left it.
       tile: tokens that enter the history together.
-      slots: history slots, whole pages of the codec. Token number o to enter the history sits in slot o, or o mod slots when
+      slots: history slots, whole pages. Token number o to enter the history sits in slot o, or o mod slots when
         ``ring``.
       ring: the history forgets its oldest token for a new one.
       recent: an evictor's window, at most what the capacity leaves for it: keys at this distance are gone (sinks apart).
@@ -38,6 +41,7 @@ class Layout:
       observer: whose attention gives scores to tokens; None: nobody's.
       page: slots of the history that are read together by who reads some pages only.
       chosen: pages that a decode step reads per kv head; 0: it reads all of the history.
+      shared: the kv heads share one history, ``slots`` of it for each on average.
     """
 
     sinks: int
@@ -57,6 +61,7 @@ class Layout:
     observer: Observer | None
     page: int
     chosen: int
+    shared: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -79,7 +84,8 @@ def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
     page, chosen = policy.codec.page, 0
     if isinstance(evictor, Quest) and evictor.pages(sinks + kept) * evictor.page < slots:
         page, chosen = evictor.page, evictor.pages(sinks + kept)
-    slots = -(-slots // page) * page
+    block = math.lcm(page, LANES) if chosen and slots >= LANES else page
+    slots = -(-slots // block) * block
     tail = kept + tile - 1 if slots else keep - sinks
     resident, host_slots = slots, 0
     if tier is not None and tier.resident < slots:
@@ -102,4 +108,5 @@ def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
         observer=policy.codec.observer if judge is None else judge.observer,
         page=page,
         chosen=chosen,
+        shared=isinstance(judge, AdaKV) and spec.kv_heads > 1,
     )

@@ -75,6 +75,7 @@ def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
     )
     device, host, basis = _size((cache.history, cache.rest, cache.bounds)), _size(cache.host), _size(cache.basis)
     slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
+    slots //= cache.spec.kv_heads if cache.layout.shared else 1
     slots += 0 if cache.host is None else cache.layout.host_slots
     return Bytes(
         device=windows + basis + counters + device,
@@ -111,6 +112,7 @@ def _predict_attention(policy: CachePolicy, spec: CacheSpec) -> Bytes:
     device = round((place.resident - place.rest) * slot_bytes(policy.codec))
     device += round(place.rest * slot_bytes(policy.codec.rest)) if place.rest else 0
     device += 4 * vectors * place.resident * (place.placed + (place.judge is not None and place.judge.scored) + place.folds)
+    device += vectors * place.resident * place.shared
     if place.chosen:
         device += 2 * vectors * place.slots // place.page * spec.head_dim * jnp.dtype(spec.dtype).itemsize
     host = round(place.host_slots * slot_bytes(policy.codec))

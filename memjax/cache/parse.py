@@ -31,6 +31,7 @@ _NAMES = (
     "snapkv",
     "pyramidkv",
     "dropkv",
+    "adakv",
     "knorm",
     "keydiff",
     "expected_attention",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memjax.cache.policy import CachePolicy, Windows
 from memjax.evict import (
     H2O,
+    AdaKV,
     DropKV,
     ExpectedAttention,
     KeyDiff,
@@ -170,6 +171,13 @@ def pyramidkv(budget: int = 0, window: int = 32, kernel: int = 5, pool: str = "a
 def dropkv(budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int = 7, pool: str = "avg") -> CachePolicy:
     """Outputs without a token, see ``memjax.evict.dropkv``."""
     return CachePolicy(evictor=DropKV(budget, fraction, window, kernel, pool))
+
+
+def adakv(
+    budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int = 5, pool: str = "avg", alpha: float = 0.2
+) -> CachePolicy:
+    """SnapKV with one budget for the heads of a layer, see ``memjax.evict.adakv``."""
+    return CachePolicy(evictor=AdaKV(budget, fraction, window, kernel, pool, alpha))
 
 
 def knorm(budget: int = 0, fraction: float = 0.0) -> CachePolicy:

@@ -22,7 +22,7 @@ from memjax.cache.layer import LayerCache, commit, init_layer
 from memjax.cache.layer import update as _update
 from memjax.cache.recurrent import RecurrentCache, init_recurrent
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec, check_integers
-from memjax.evict import Budgeted, Evictor, MassFold, Quest, Streaming
+from memjax.evict import AdaKV, Budgeted, Evictor, MassFold, Quest, Streaming
 from memjax.offload import HostTier
 from memjax.quantize import Dense, FrontEnd, KeyValueCodec
 from memjax.quantize.calibration import check_fingerprint
@@ -174,6 +174,11 @@ class CachePolicy:
 
     def _check_budget(self, spec: CacheSpec) -> None:
         windows, tokens = self.resolved_windows(), self.evictor.tokens(spec.capacity)
+        if isinstance(self.evictor, AdaKV) and (spec.softcap is not None or spec.kv_heads > 127):
+            raise ValueError(
+                f"{self}: heads that share their slots are told apart in the logits, without a softcap (this layer's is "
+                f"{spec.softcap}) and up to 127 of them (it has {spec.kv_heads}); use snapkv({self.evictor.budget})"
+            )
         if tokens < spec.capacity and tokens <= windows.sinks + windows.recent:
             raise ValueError(
                 f"{self}: a budget of {tokens} tokens leaves none to choose besides the {windows.sinks + windows.recent} that "

@@ -24,8 +24,8 @@ def shardings(
     """A ``NamedSharding`` for every leaf of ``policy.init(spec)``, in the same pytree structure.
 
     Batch goes over ``batch_axis``, kv heads (heads of a recurrent state) over ``head_axis``; None: replicated. A latent
-    stream has one head and is replicated over ``head_axis``, as is the convolution state. The host tier's arrays get the
-    memory kind ``pinned_host`` where the devices have one.
+    stream has one head and is replicated over ``head_axis``, as are the convolution state and a history that heads share
+    (``adakv``). The host tier's arrays get the memory kind ``pinned_host`` where the devices have one.
 
     Raises:
       ValueError: an axis that the mesh lacks, a size that it does not divide, or pages of the host tier that its devices
@@ -46,7 +46,8 @@ def shardings(
 
     def place(path, leaf) -> NamedSharding:
         names = [getattr(key, "name", None) for key in path]
-        on_heads = heads is not None and leaf.ndim >= 3 and "conv" not in names
+        shared = names[0] == "history" and cache.layout.shared
+        on_heads = heads is not None and leaf.ndim >= 3 and "conv" not in names and not shared
         rows = None if names[0] == "basis" and leaf.shape[0] != spec.batch else batch_axis  # a calibrated basis serves all
         axes = (rows, head_axis) if on_heads else (rows,)
         if names[0] == "host":  # pages lead

@@ -49,6 +49,8 @@ def _quantize(cache: LayerCache, index: int, codec: KeyValueCodec, front: FrontE
         raise ValueError(f"quantize starts from a dense history, but this one is {cache.policy.codec.name} already")
     if codec.tile > 1:
         raise ValueError(f"{codec.name} codes tiles of {codec.tile} tokens: make the cache with it instead")
+    if cache.layout.shared:
+        raise ValueError(f"quantize cannot sort out slots that heads share ({cache.policy}): make the cache with the codec")
     cache, spec = commit(cache), cache.spec
     policy = dataclasses.replace(cache.policy, codec=codec, front=front, windows=cache.policy.resolved_windows())
     policy.validate(spec)

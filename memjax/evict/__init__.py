@@ -1,5 +1,6 @@
 """Evictors: which tokens stay, or are read. One method, one file."""
 
+from memjax.evict.adakv import AdaKV
 from memjax.evict.dropkv import DropKV
 from memjax.evict.evictor import Budgeted, Evictor
 from memjax.evict.expected_attention import ExpectedAttention
@@ -15,6 +16,7 @@ from memjax.evict.tova import Tova
 
 __all__ = [
     "H2O",
+    "AdaKV",
     "Budgeted",
     "DropKV",
     "Evictor",

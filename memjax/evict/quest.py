@@ -6,10 +6,11 @@ with ``low`` and ``high`` the channelwise minimum and maximum of the page's keys
 the largest bounds are read, as many as the budget has room for besides the protected tokens; attention is over them alone.
 
 Nothing is freed: memory grows by ``low`` and ``high``, [B, K, H, S / page] in the cache's dtype, 2 / page of the bytes of
-dense keys (12.5 % at pages of 16). What falls is what a step reads: budget tokens, and the bounds of all pages.
+dense keys (12.5 % at pages of 16), and histories of 128 slots or more are filled up to whole rows of a TPU's memory. What
+falls is what a step reads: budget tokens, and the bounds of all pages.
 
 The keys are those that attention computes with: out of their codes, the front end's centre put back, and a bound that the
-dtype cannot hold is rounded outwards. So it holds under every codec, up to the rounding of the products themselves.
+dtype cannot hold is rounded outwards. So it holds under every codec, up to the rounding of queries and products themselves.
 ``memjax.cache.bounds`` keeps it, by looking again at the pages that tokens came to; ``memjax.attention.quest`` reads.
 
 Deviations. The paper takes pages for each query head; here the heads of a group (and the tokens of a step of several) choose
