@@ -174,6 +174,9 @@ class CachePolicy:
 
     def _check_budget(self, spec: CacheSpec) -> None:
         windows, tokens = self.resolved_windows(), self.evictor.tokens(spec.capacity)
+        if isinstance(self.evictor, AdaKV) and (self.fold is not None or self.codec.two_streams):
+            what = "massfold" if self.fold is not None else self.codec.name
+            raise ValueError(f"{self}: heads that share their slots cannot be joined with {what}; use snapkv")
         if isinstance(self.evictor, AdaKV) and (spec.softcap is not None or spec.kv_heads > 127):
             raise ValueError(
                 f"{self}: heads that share their slots are told apart in the logits, without a softcap (this layer's is "
