@@ -21,7 +21,7 @@ CASES = {
     "on the host": ("int8+protect(2,8)+host(8,16)", SPEC),
     "refining": ("progressive(refine=1.0)+protect(2,8)", SPEC),
     "choosing pages": ("quest(26)+int8+protect(2,8)", dataclasses.replace(SPEC, capacity=140)),
-    "sharing slots": ("adakv(26,window=4)+turboquant(4,4)+protect(2,8)", SPEC),
+    "sharing slots": ("adakv(26,window=4)+int8+protect(2,8)", SPEC),
     "latent": ("int8+protect(2,8)", LATENT),
     "corrected": ("gear(int4(rotate=true),4)+protect(2,8)", SPEC),
 }
