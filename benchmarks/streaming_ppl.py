@@ -100,6 +100,8 @@ def plot(result: dict, path: Path) -> None:
     axes.text(BIN, 0.97, " the cache is full", transform=axes.get_xaxis_transform(), fontsize=8, va="top")
     axes.set(yscale="log", xlabel="tokens read", ylabel=f"perplexity of the last {BIN:,} tokens", xlim=(0, None))
     axes.set_title(f"{result['model']}, {result['device']}", loc="left", fontsize=11)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=140)

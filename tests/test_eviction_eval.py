@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cache_helpers import quick_jit
 from rich.console import Console
 from test_eval import Bytes, model  # noqa: F401
 from typer.testing import CliRunner
@@ -61,8 +62,8 @@ def test_several_keys_lie_where_they_should():
     assert len({text for _, text in key.statements()}) == 4
     assert key.question in key.statement
     assert not any(key.question in text for _, text in key.statements()[1:])
-    with pytest.raises(ValueError, match="a text of 200 tokens cannot hide"):
-        key.hide(tokenizer, [7] * 200)
+    with pytest.raises(ValueError, match="a text of 100 tokens cannot hide"):
+        key.hide(tokenizer, [7] * 100)
 
 
 def test_a_single_key_is_hidden_as_before():
@@ -81,12 +82,12 @@ def test_shown_questions_end_every_chunk(model):  # noqa: F811
         ("multikey", True),
     ]
     for row, task in enumerate(batch.tasks, 1):
-        question = task.key.question_tokens(model.tokenizer)
+        question, reminder = (f(model.tokenizer) for f in (task.key.question_tokens, task.key.reminder_tokens))
         chunks = [batch.reads[row][i : i + 64] for i in range(0, len(batch.reads[row]), 64)]
         text = task.key.hide(model.tokenizer, model.tokenizer.encode(NOVEL.read())[:512])
         if task.shown:
-            assert all(chunk[-len(question) :] == question for chunk in chunks)
-            assert [token for chunk in chunks for token in chunk[: -len(question)]] == text
+            assert all(chunk[-len(reminder) :] == reminder for chunk in chunks)
+            assert [token for chunk in chunks for token in chunk[: -len(reminder)]] == text
         else:
             assert batch.reads[row] == text
         assert batch.asks[row] == question + task.key.answer_tokens(model.tokenizer)[:-1]
@@ -137,11 +138,16 @@ def test_rows_are_what_a_plain_read_gives(model, result):  # noqa: F811
 
 def plain_read(model, policy, read, ask, capacity) -> np.ndarray:  # noqa: F811
     """Log probabilities after each token of ``ask``, which is read as one chunk."""
-    cache, step = model.init_cache(policy, 1, capacity, "float32"), jax.jit(lambda c, t: model.decoder(t, c))
+    cache = model.init_cache(policy, 1, capacity, "float32")
     for start in range(0, len(read), 64):
-        _, cache = step(cache, jnp.asarray([read[start : start + 64]], jnp.int32))
-    hidden, _ = step(cache, jnp.asarray([ask], jnp.int32))
+        _, cache = plain_step(model.decoder, cache, jnp.asarray([read[start : start + 64]], jnp.int32))
+    hidden, _ = plain_step(model.decoder, cache, jnp.asarray([ask], jnp.int32))
     return np.asarray(jax.nn.log_softmax(model.decoder.logits(hidden)[0]))
+
+
+@quick_jit
+def plain_step(decoder, cache, tokens):
+    return decoder(tokens, cache)
 
 
 def test_bytes_are_those_of_one_sequence(model, result):  # noqa: F811
@@ -180,7 +186,7 @@ def test_the_command_line_writes_everything(result, tmp_path, monkeypatch):
     found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0, found.output
     assert seen == [SMALL]
-    assert "multi-key, shown" in found.stdout
+    assert all(words in found.stdout for words in ("h2o+protect(2,8)", "uncompressed", "multi-key"))
     assert json.loads(files[0].read_text())["rows"] == result["rows"]
     assert files[1].stat().st_size > 10_000
     assert files[2].read_text() == eviction_markdown(result)

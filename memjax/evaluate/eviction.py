@@ -5,10 +5,10 @@ A text is read in chunks, each followed by eviction. Then, from the cache that i
     continuation  the text goes on: KL divergence per token to the uncompressed model
     pass key      a number that was hidden in the text is asked for; in the multi-key task one of four numbers
 
-with the question *hidden* while compressing, or *shown*: it stands at the end of every chunk, so that each eviction follows
-it (Finch's way of reading, arXiv 2408.00167; a text of one chunk is kvpress' ``query_aware``). Either way it is asked once
-more after the text. A key counts as found if each of its tokens is the most probable one after the question and the tokens
-before it, which is when greedy decoding gives it.
+with the question *hidden* while compressing, or *shown*: it stands, as a whole sentence, at the end of every chunk, so that
+each eviction follows it (as in Finch, arXiv 2408.00167; a text of one chunk is kvpress' ``query_aware``). Either way it is
+asked, as a sentence to complete, after the text. A key counts as found if each of its tokens is the most probable one after
+the question and the tokens before it, which is when greedy decoding gives it.
 
 All of this is one batch with a row per text and task: a policy is compiled once and reads once.
 """
@@ -166,11 +166,11 @@ class EvictionEvaluation:
         answers = [task.key.answer_tokens(model.tokenizer) for task in tasks]
         for task, answer in zip(tasks, answers, strict=True):
             hidden, question = task.key.hide(model.tokenizer, text), task.key.question_tokens(model.tokenizer)
-            if len(question) + len(answer) > self.chunk:
-                raise ValueError(
-                    f"a chunk must hold a question and its answer, {len(question) + len(answer)} tokens, got {self.chunk}"
-                )
-            reads.append(interleave(hidden, question, self.chunk) if task.shown else hidden)
+            reminder = task.key.reminder_tokens(model.tokenizer)
+            needed = max(len(question) + len(answer), len(reminder) + 1)
+            if needed > self.chunk:
+                raise ValueError(f"a chunk must hold a question and its answer, {needed} tokens, got {self.chunk}")
+            reads.append(interleave(hidden, reminder, self.chunk) if task.shown else hidden)
             asks.append([*question, *answer[:-1]])
         return Batch(reads, asks, tasks, answers)
 

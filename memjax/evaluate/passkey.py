@@ -36,12 +36,17 @@ class Passkey:
     @property
     def statement(self) -> str:
         """What is hidden in the text."""
-        return _statement("secret", self.key)
+        return f"\n\nThe secret pass key is {self.key}. Remember it. {self.key} is the secret pass key.\n\n"
 
     @property
     def question(self) -> str:
         """What is asked after it: a sentence to complete, which even small base models understand."""
-        return _question("secret")
+        return "\n\nThe secret pass key is"
+
+    @property
+    def reminder(self) -> str:
+        """The question as it stands within a text: a whole sentence, lest the model learns to break off."""
+        return "\n\nWhat is the secret pass key?\n\n"
 
     def statements(self) -> list[tuple[float, str]]:
         """Everything that is hidden, each with its depth."""
@@ -69,6 +74,10 @@ class Passkey:
         """Ids of the question."""
         return tokenizer.encode(self.question, add_bos=False)
 
+    def reminder_tokens(self, tokenizer: Tokenizer) -> list[int]:
+        """Ids of the reminder."""
+        return tokenizer.encode(self.reminder, add_bos=False)
+
     def answer_tokens(self, tokenizer: Tokenizer) -> list[int]:
         """Ids of the right answer."""
         return tokenizer.encode(f" {self.key}", add_bos=False)
@@ -90,34 +99,36 @@ class Passkey:
 
 @dataclass(frozen=True)
 class Multikey(Passkey):
-    """One key of several: the red one, at ``depth``; the others lie evenly around it.
+    """One key of several, each of a city: London's, at ``depth``; the others lie evenly around it.
 
     >>> [round(depth, 2) for depth, _ in Multikey(depth=0.5).statements()]
     [0.5, 0.75, 0.0, 0.25]
     """
 
-    others: tuple[tuple[str, str], ...] = (("blue", "18530"), ("green", "96047"), ("white", "35162"))
+    city: str = "London"
+    others: tuple[tuple[str, str], ...] = (("Paris", "18530"), ("Tokyo", "96047"), ("Rome", "35162"))
 
     @property
     def statement(self) -> str:
-        """What is hidden of the key that is asked for."""
-        return _statement("red", self.key)
+        """What is hidden of the key that is asked for; the shortest form is the one that small models tell apart best."""
+        return _equation(self.city, self.key)
 
     @property
     def question(self) -> str:
-        """It names the key."""
-        return _question("red")
+        """It names the city."""
+        return f"\n\n{self.city} ="
+
+    @property
+    def reminder(self) -> str:
+        """It names the city."""
+        return f"\n\nWhich number is {self.city}?\n\n"
 
     def statements(self) -> list[tuple[float, str]]:
         """The wanted key's and the others'."""
         step = 1 / (len(self.others) + 1)
-        others = [((self.depth + i * step) % 1, _statement(*other)) for i, other in enumerate(self.others, 1)]
+        others = [((self.depth + i * step) % 1, _equation(*other)) for i, other in enumerate(self.others, 1)]
         return [*super().statements(), *others]
 
 
-def _statement(kind: str, key: str) -> str:
-    return f"\n\nThe {kind} pass key is {key}. Remember it. {key} is the {kind} pass key.\n\n"
-
-
-def _question(kind: str) -> str:
-    return f"\n\nThe {kind} pass key is"
+def _equation(city: str, key: str) -> str:
+    return f"\n\n{city} = {key}. Remember it: {city} = {key}.\n\n"
