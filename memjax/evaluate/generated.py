@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from memjax.cache.policy import Policy
 from memjax.evaluate.compare import Row
+from memjax.evaluate.layerwise import answer
 from memjax.evaluate.passkey import Passkey
 from memjax.generate.loop import generate
 from memjax.models.load import LanguageModel
@@ -56,9 +59,9 @@ def retrieve(
     room = len(haystack) - len(tokenizer.encode(keys[0].statement, add_bos=False))
     rows = []
     for cache in caches:
-        options = {"policy": cache.policy, "cache_dtype": cache.dtype, "chunk": chunk, "block": length}
-        answers = generate(model, prompts, max_new_tokens=length, **options)
-        judged = [each.judge(tokenizer, answer.tokens) for each, answer in zip(keys, answers, strict=True)]
+        empty = model.init_cache(cache.policy, len(prompts), len(prompts[0]) + length, cache.dtype)
+        answers = answer(model, empty, np.asarray(prompts, np.int32), chunk, length)
+        judged = [each.judge(tokenizer, said.tolist()) for each, said in zip(keys, answers, strict=True)]
         found = [bool(each["passkey_found"]) for each in judged]
         row = {"name": cache.name, "policy": str(cache.policy), "tokens": len(haystack), "depths": list(depths)}
         row |= {"distances": [room - round(depth * room) for depth in depths], "found": found}

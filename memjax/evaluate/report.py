@@ -13,6 +13,7 @@ from rich.table import Table
 
 from memjax.cache.parse import policy as parse
 from memjax.evaluate.compare import Row
+from memjax.quantize import Auto, KeyValueCodec
 
 SMALLEST_KLD = 1e-7  # what float32 can tell from zero; lower values are drawn here
 COLOURS = ("#1f5fa8", "#c8682b", "#2c8a4a", "#b0303a", "#7a4fa3", "#7d5a45", "#c2519b", "#5c5c5c", "#7f7f12", "#138a99")
@@ -46,7 +47,7 @@ def table(rows: Sequence[Row]) -> Table:
             f"{row['kld_p95']:.2g}",
             f"{row['top1']:.3f}",
             f"{row['ppl']:.2f}",
-            f"{row['prefill_tokens_per_s']:.0f}",
+            _show(row["prefill_tokens_per_s"], ".0f"),
             _show(row["decode_tokens_per_s"], ".1f"),
         ]
         if retrieval:
@@ -292,7 +293,7 @@ def _quality(result: Mapping) -> Table:
     shown.add_column("text")
     shown.add_column("setting")
     shown.add_column("policy", no_wrap=True)
-    for header in ("bits/value", "x smaller", "KLD mean", "95 % interval", "KLD p95", "top-1", "ppl", "read tok/s"):
+    for header in ("bits/value", "x smaller", "KLD mean", "95 % interval", "KLD p95", "top-1", "ppl"):
         shown.add_column(header, justify="right", no_wrap=True)
     before = None
     for row in result["rows"]:
@@ -309,7 +310,6 @@ def _quality(result: Mapping) -> Table:
             f"{row['kld_p95']:.2g}",
             f"{row['top1']:.3f}",
             f"{row['ppl']:.2f}",
-            f"{row['prefill_tokens_per_s']:.0f}",
         )
         before = place
     return shown
@@ -378,19 +378,34 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def codec_markdown(result: Mapping, setting: str) -> str:
-    """Codecs of an evaluation as a Markdown table: bits of their codes, realised bits, and quality on each text."""
+    """Codecs of an evaluation as a Markdown table: bits claimed and realised, and quality on each text."""
     rows = [row for row in result["rows"] if row["setting"] == setting]
     texts = list(dict.fromkeys(row["text"] for row in rows))
-    header = "| codec | bits of a code, K/V | realised at head_dim 64 | at 128 | "
+    header = "| codec | bits by its paper | realised at head_dim 64 | at 128 | "
     lines = [header + " | ".join(f"KL divergence, {text} | top-1" for text in texts) + " |"]
     lines.append("|---|--:|--:|--:|" + "--:|--:|" * len(texts))
     for name in dict.fromkeys(row["name"] for row in rows):
         codec = parse(name).codec
-        streams = (codec.keys, codec.values)
-        realised = [sum(each.bits_per_value(dim) for each in streams) / 2 for dim in (64, 128)]
-        cells = [f"`{name}`", "/".join(f"{each.code_bits:g}" for each in streams), *(f"{bits:.4g}" for bits in realised)]
+        bits = [codec.claimed_bits, *(realised_bits(codec, dim) for dim in (64, 128))]
+        cells = [f"`{name}`", *(_show(each, ".4g") for each in bits)]
         for text in texts:
             (row,) = (row for row in rows if (row["name"], row["text"]) == (name, text))
             cells += [f"{row['kld_mean']:.2g} ({row['kld_low']:.2g} to {row['kld_high']:.2g})", f"{row['top1']:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def realised_bits(codec: KeyValueCodec, dim: int) -> float | None:
+    """Bits per value in the buffers, keys and values alike; None for a codec that differs from layer to layer."""
+    if isinstance(codec, Auto):
+        return None
+
+    def mean(one: KeyValueCodec) -> float:
+        return sum(stream.bits_per_value(dim) for stream in (one.keys, one.values)) / 2
+
+    if codec.rest is None:
+        return mean(codec)
+    share = codec.salient / codec.tile
+    positions = 32 / (2 * dim)  # of slots that both streams share
+    return share * mean(codec) + (1 - share) * mean(codec.rest) + positions
+

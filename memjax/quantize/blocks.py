@@ -122,6 +122,10 @@ class NVFP4(_Blocks):
     table: ClassVar[tuple[int, ...]] = E2M1_TABLE
 
     @property
+    def claimed_bits(self) -> float:
+        return 4.5
+
+    @property
     def _group(self) -> int:
         return NVFP4_BLOCK
 

@@ -49,10 +49,6 @@ class ChannelSplit(Codec):
     second: Codec
     order: Int[Array, "B K H"] | None = None
 
-    @property
-    def code_bits(self) -> float:
-        return (self.first.code_bits + (PARTS - 1) * self.second.code_bits) / PARTS
-
     def validate(self, dim: int) -> None:
         if dim % _MULTIPLE:
             raise ValueError(

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from memjax.evict.observer import Observer
-from memjax.pallas_kernels.codes import BITS, Codes, absmax_encode, dense, nbytes_per_vector
+from memjax.pallas_kernels.codes import Codes, absmax_encode, dense, nbytes_per_vector
 from memjax.quantize.front import OFF, FrontEnd
 from memjax.quantize.hadamard import hadamard_matrix, rotate, unrotate
 
@@ -61,6 +61,11 @@ class KeyValueCodec:
     def tile(self) -> int:
         """Tokens that are encoded together: they enter the history in whole tiles."""
         return math.lcm(self.keys.tile, self.values.tile)
+
+    @property
+    def claimed_bits(self) -> float | None:
+        """Bits per value at head_dim 128 as the method's paper counts them; None: it has none, or says nothing."""
+        return None
 
     @property
     def rest(self) -> KeyValueCodec | None:
@@ -126,11 +131,6 @@ class Codec(KeyValueCodec):
     def fmt(self) -> str:
         """The format of the codes (a key of ``pallas_kernels.codes``)."""
         return self.name
-
-    @property
-    def code_bits(self) -> float:
-        """Bits of a code, on average over the channels, without scales."""
-        return BITS[self.fmt]
 
     def fit_shape(self, dim: int) -> tuple[int, ...] | None:
         """Shape, per row and kv head, of what ``fit`` gives for vectors of ``dim`` values, 4 bytes a number; None: nothing."""

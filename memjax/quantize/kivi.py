@@ -156,6 +156,10 @@ class Kivi(KeyValueCodec):
         _ = self.keys, self.values  # refuses what they refuse
 
     @property
+    def claimed_bits(self) -> float:
+        return self.bits + 32 / self.group
+
+    @property
     def keys(self) -> KiviKeys:
         return KiviKeys(self.bits, self.group)
 

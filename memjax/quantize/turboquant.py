@@ -199,6 +199,11 @@ class TurboQuant(KeyValueCodec):
         _ = self.keys, self.values  # refuses what they refuse
 
     @property
+    def claimed_bits(self) -> float:
+        """A norm in float16 per vector; bits that are split count theirs already."""
+        return sum(b + (0.125 if b == int(b) else 0.0) for b in (self.key_bits, self.value_bits)) / 2
+
+    @property
     def keys(self) -> Lloyd | ChannelSplit:
         return self._stream(self.key_bits)
 

@@ -117,6 +117,10 @@ class ZipCache(KeyValueCodec):
             )
 
     @property
+    def claimed_bits(self) -> float:
+        return self.share * self.salient_bits + (1 - self.share) * self.rest_bits
+
+    @property
     def salient(self) -> int:
         return round(self.share * self.tile)
 
