@@ -28,11 +28,13 @@ import numpy as np
 import memjax as mj
 
 RESULTS = Path(__file__).parent / "results"
+PLAIN = "centre=none,balance=off"  # without the front end
 POLICIES = (
-    "int8",
+    f"int8({PLAIN})",
+    f"int4({PLAIN})",
+    f"int4(rotate=true,{PLAIN})",
     "int4",
-    "int4(rotate=true)",
-    "turboquant(4,4,scale=norm,centre=none,balance=off)",
+    f"turboquant(4,4,scale=norm,{PLAIN})",
     "turboquant(4,4)",
     "turboquant(2,2)",
     "nf4",

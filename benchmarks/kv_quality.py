@@ -20,7 +20,9 @@ from memjax.evaluate.report import markdown, save_json
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 1024
-CODECS = ("int8", "fp8", "int4", "int4(rotate=true)")
+PLAIN = "centre=none,balance=off"  # without the front end
+PLAINS = (f"int8({PLAIN})", f"fp8({PLAIN})", f"int4({PLAIN})", f"int4(rotate=true,{PLAIN})")
+CODECS = (*PLAINS, "int8", "fp8", "int4", "int4(rotate=true)")
 ACCUMULATED = ("dense", "int8", "int4", "int4(rotate=true)", "streaming(4,252)")
 CHUNKS = (32, 256)
 

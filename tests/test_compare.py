@@ -132,11 +132,18 @@ def novel(smollm2):
     return smollm2.tokenizer.encode(text)[:1024]
 
 
+PLAIN = "centre=none,balance=off"
+
+
 @pytest.mark.slow
 def test_the_static_figures_of_the_real_model(smollm2, novel):
     """Every token but four sinks compressed before any query sees it, all layers: the harshest setting of a codec."""
-    policies = [mj.policy(f"{codec}+protect(4,0)") for codec in ("int8", "int4", "int4(rotate=true)", "fp8")]
-    int8, int4, rotated, fp8 = compare(smollm2, novel, policies, Setup(static=True, decode_tokens=0, chunk=256))
+    codecs = [f"int8({PLAIN})", f"int4({PLAIN})", f"int4(rotate=true,{PLAIN})", f"fp8({PLAIN})", "int4", "int4(rotate=true)"]
+    policies = [mj.policy(f"{codec}+protect(4,0)") for codec in codecs]
+    rows = compare(smollm2, novel, policies, Setup(static=True, decode_tokens=0, chunk=256))
+    int8, int4, rotated, fp8, prepared, both = rows
+    assert prepared["kld_mean"] < 0.25 * int4["kld_mean"]
+    assert both["kld_mean"] < 0.25 * rotated["kld_mean"]
     assert int8["kld_mean"] <= 0.002
     assert rotated["kld_mean"] < 0.6 * int4["kld_mean"]
     assert int8["kld_mean"] < fp8["kld_mean"] < rotated["kld_mean"]
@@ -147,7 +154,7 @@ def test_the_static_figures_of_the_real_model(smollm2, novel):
 @pytest.mark.slow
 def test_the_accumulated_figures_of_the_real_model_and_its_pass_key(smollm2, novel):
     key = Passkey()
-    policies = [mj.policy(codec) for codec in ("dense", "int8", "int4", "int4(rotate=true)")]
+    policies = [mj.policy(codec) for codec in ("dense", f"int8({PLAIN})", f"int4({PLAIN})", f"int4(rotate=true,{PLAIN})")]
     found = compare(smollm2, key.hide(smollm2.tokenizer, novel), policies, Setup(), key)
     dense, int8, int4, rotated = found
     assert dense["kld_mean"] < 1e-4  # bfloat16

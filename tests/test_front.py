@@ -1,6 +1,7 @@
 """The codecs' front end: what it adds back is exactly what it takes away, from statistics that are what they say."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from cache_helpers import (
 
 import memjax as mj
 from memjax.attention.rope import Rope, apply_rope
+from memjax.cache.parse import PARTS
 from memjax.cache.policy import CachePolicy
 from memjax.pallas_kernels.decode.reference import centre_scores
 from memjax.quantize.calibration import (
@@ -349,8 +351,16 @@ def test_what_is_asked_for_must_be_given():
     assert mj.policy("dense").init(SPEC).basis is None
     paper = "turboquant(4,4,centre=none,balance=off)+protect(2,4)"
     assert mj.policy(paper).init(SPEC).basis is None
-    assert mj.policy(paper).resolved_front() == mj.policy("int4").resolved_front() == OFF
-    assert mj.policy("turboquant(4,4)").resolved_front() == FrontEnd()
+    assert mj.policy(paper).resolved_front() == OFF
+
+
+CODECS = sorted(name for name, build in PARTS.items() if "centre" in inspect.signature(build).parameters)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_codecs_of_single_tokens_have_it_unless_they_are_told(name):
+    assert mj.policy(name).resolved_front() == (OFF if name in ("kivi", "kvarn", "zipcache") else FrontEnd())
+    assert mj.policy(f"{name}(centre=none,balance=off)").resolved_front() == OFF
 
 
 # ---- calibration files ---------------------------------------------------------------------------------------------

@@ -31,7 +31,12 @@ codecs = st.one_of(
     st.builds(Gear, st.sampled_from([Int4(True), Kivi(2, 32), TurboQuant(3, 2)]), st.integers(1, 64)),
     st.builds(TurboQuant, bits, bits, st.sampled_from(SCALES), st.sampled_from(GRIDS), st.sampled_from(ROTATIONS)),
 )
-fronts = st.builds(FrontEnd, st.sampled_from(CENTRES), st.sampled_from(BALANCES)) | st.just(FrontEnd(calibration="my/file"))
+balances = st.sampled_from(BALANCES)
+fronts = st.one_of(
+    st.builds(FrontEnd, st.sampled_from(CENTRES), balances),
+    st.builds(FrontEnd, st.sampled_from(["auto", "rope"]), balances, pairs=st.integers(-1, 99)),
+    st.just(FrontEnd(calibration="my/file")),
+)
 
 
 def with_front(policy: CachePolicy, front: FrontEnd | None) -> CachePolicy:
@@ -82,6 +87,10 @@ def test_the_tables_policies_print_as_they_are_written(row):
         ("streaming(8,window=16,positions=text)", "streaming(8,16,positions=text)"),
         ("host(page=4)", "host(256,4)"),
         ("int8+protect", "int8+protect(4,64)"),
+        ("int4(balance=auto,centre=auto)", "int4"),
+        ("int4(centre=none,balance=off)", "int4(centre=none,balance=off)"),
+        ("kivi(4,centre=none,balance=off)", "kivi(4,32)"),
+        ("int4(pairs=16,rotate=true)", "int4(rotate=true,pairs=16)"),
         ("  streaming(4,16)\n+int8 ", "streaming(4,16)+int8"),
     ],
 )
@@ -95,7 +104,7 @@ def test_the_functions_build_what_the_strings_say():
     assert mj.chain(mj.dense()) == mj.dense() == mj.policy("dense")
 
 
-FRONT = "centre=none, balance=off, calibration="
+FRONT = "centre=auto, balance=auto, calibration=, pairs=-1"
 KNOWN = f"the known ones are dense, int8(rotate=false, {FRONT}), int4(rotate=false, {FRONT}), int2("
 WRONG = {
     "": "a policy is a text such as 'streaming(4,1020)+int4', got ''",
@@ -109,7 +118,7 @@ WRONG = {
     "gear(int4,two)": "gear needs rank to be a number (int), got 'two'",
     "gear(int4(rotate=true,4)": "cannot read 'gear(int4(rotate=true,4)'",
     "int4,int8": "cannot read 'int4,int8'",
-    "int4(bits=3)": "int4 does not take 'bits=3'; it is int4(rotate=false, centre=none",
+    "int4(bits=3)": "int4 does not take 'bits=3'; it is int4(rotate=false, centre=auto",
     "dense(3)": "dense does not take '3'; it is dense without arguments",
     "int4(true,false)": "centre must be one of auto, none, fixed, rope, got 'false'",
     "int4(balance=yes)": "balance must be one of auto, off, channels, got 'yes'",

@@ -52,21 +52,21 @@ def _coded(codec: KeyValueCodec, centre: str, balance: str, calibration: str, pa
 
 
 def int8(
-    rotate: bool = False, centre: str = "none", balance: str = "off", calibration: str = "", pairs: int = ALL
+    rotate: bool = False, centre: str = "auto", balance: str = "auto", calibration: str = "", pairs: int = ALL
 ) -> CachePolicy:
     """Token-wise int8, see ``memjax.quantize.int8``; for the other arguments ``memjax.quantize.front``, here and below."""
     return _coded(Int8(rotate), centre, balance, calibration, pairs)
 
 
 def int4(
-    rotate: bool = False, centre: str = "none", balance: str = "off", calibration: str = "", pairs: int = ALL
+    rotate: bool = False, centre: str = "auto", balance: str = "auto", calibration: str = "", pairs: int = ALL
 ) -> CachePolicy:
     """Token-wise int4, see ``memjax.quantize.int4``."""
     return _coded(Int4(rotate), centre, balance, calibration, pairs)
 
 
 def int2(
-    rotate: bool = False, centre: str = "none", balance: str = "off", calibration: str = "", pairs: int = ALL
+    rotate: bool = False, centre: str = "auto", balance: str = "auto", calibration: str = "", pairs: int = ALL
 ) -> CachePolicy:
     """Token-wise int2, see ``memjax.quantize.int2``."""
     return _coded(Int2(rotate), centre, balance, calibration, pairs)
@@ -75,8 +75,8 @@ def int2(
 def fp8(
     format: str = "e4m3",
     rotate: bool = False,
-    centre: str = "none",
-    balance: str = "off",
+    centre: str = "auto",
+    balance: str = "auto",
     calibration: str = "",
     pairs: int = ALL,
 ) -> CachePolicy:
@@ -84,12 +84,12 @@ def fp8(
     return _coded(Fp8(rotate, format), centre, balance, calibration, pairs)
 
 
-def nf4(centre: str = "none", balance: str = "off", calibration: str = "", pairs: int = ALL) -> CachePolicy:
+def nf4(centre: str = "auto", balance: str = "auto", calibration: str = "", pairs: int = ALL) -> CachePolicy:
     """Token-wise NormalFloat4, see ``memjax.quantize.blocks``."""
     return _coded(NF4(), centre, balance, calibration, pairs)
 
 
-def nvfp4(centre: str = "none", balance: str = "off", calibration: str = "", pairs: int = ALL) -> CachePolicy:
+def nvfp4(centre: str = "auto", balance: str = "auto", calibration: str = "", pairs: int = ALL) -> CachePolicy:
     """4-bit floats in blocks of 16 channels, see ``memjax.quantize.blocks``."""
     return _coded(NVFP4(), centre, balance, calibration, pairs)
 

@@ -31,7 +31,9 @@ SETTINGS = ("static", "accumulated")
 STATIC_WINDOWS = Windows(4, 0)  # of lossy policies that do not say themselves what they protect
 KV_POLICIES = (
     "int8",
+    "int8(centre=none,balance=off)",
     "int4(rotate=true)",
+    "int4(rotate=true,centre=none,balance=off)",
     "turboquant(4,4)",
     "turboquant(3,3)",
     "turboquant(2,2)",

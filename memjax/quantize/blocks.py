@@ -31,6 +31,7 @@ from jaxtyping import Array, Float
 from memjax.pallas_kernels.codes import SCALE_DTYPE, Codes, pack, packed_dim
 from memjax.quantize.codebook import midpoints
 from memjax.quantize.codec import Codec
+from memjax.quantize.front import FrontEnd
 from memjax.quantize.hadamard import rotate
 
 NF4_TABLE = (-109, -76, -57, -43, -31, -20, -10, 0, 9, 18, 27, 37, 48, 61, 79, 109)
@@ -44,6 +45,7 @@ class _Blocks(Codec):
     """Codes of a table, scaled by the largest magnitude of each group of channels; what is not finite makes its group NaN."""
 
     table: ClassVar[tuple[int, ...]]
+    front: ClassVar[FrontEnd] = FrontEnd()
 
     @property
     def fmt(self) -> str:

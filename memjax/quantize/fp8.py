@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from memjax.quantize.codec import Codec
+from memjax.quantize.front import FrontEnd
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Fp8(Codec):
     """
 
     name: ClassVar[str] = "fp8"
+    front: ClassVar[FrontEnd] = FrontEnd()
     format: str = "e4m3"
 
     def __post_init__(self):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from memjax.quantize.codec import Codec
+from memjax.quantize.front import FrontEnd
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,4 @@ class Int2(Codec):
     """
 
     name: ClassVar[str] = "int2"
+    front: ClassVar[FrontEnd] = FrontEnd()

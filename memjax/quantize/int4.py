@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from memjax.quantize.codec import Codec
+from memjax.quantize.front import FrontEnd
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,4 @@ class Int4(Codec):
     """
 
     name: ClassVar[str] = "int4"
+    front: ClassVar[FrontEnd] = FrontEnd()

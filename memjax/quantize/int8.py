@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from memjax.quantize.codec import Codec
+from memjax.quantize.front import FrontEnd
 
 
 @dataclass(frozen=True)
@@ -22,3 +23,4 @@ class Int8(Codec):
     """
 
     name: ClassVar[str] = "int8"
+    front: ClassVar[FrontEnd] = FrontEnd()
