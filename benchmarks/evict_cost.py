@@ -121,6 +121,7 @@ def name(text: str) -> str:
 
 def report(result: dict) -> str:
     """Markdown."""
+    cases = list(dict.fromkeys((row["capacity"], row["budget"]) for row in result["memory"]))
     lines = [
         "# What evictors cost and save",
         "",
@@ -132,8 +133,8 @@ def report(result: dict) -> str:
         "MiB. Cache: the ledger's. Arguments: cache, queries, keys and values. Temporaries: what the compiler for this device "
         "needs besides.",
         "",
-        "| policy |" + "".join(f" {_case(*case)}: cache | arguments | temporaries |" for case in CASES),
-        "|---|" + "--:|--:|--:|" * len(CASES),
+        "| policy |" + "".join(f" {_case(*case)}: cache | arguments | temporaries |" for case in cases),
+        "|---|" + "--:|--:|--:|" * len(cases),
     ]
     for text in dict.fromkeys(row["policy"] for row in result["memory"]):
         own = [row for row in result["memory"] if row["policy"] == text]

@@ -133,7 +133,8 @@ def _lines(axes, points: list[tuple[Row, float, bool]]) -> None:
         own = sorted((row["fraction"], y, full) for row, y, full in points if row["name"] == name)
         look = {"color": COLOURS[i % len(COLOURS)], "zorder": 3}
         xs, ys = [x for x, _, _ in own], [y for _, y, _ in own]
-        axes.plot(xs, ys, lw=1.4, marker=_MARKERS[i % len(_MARKERS)], ms=6, mfc="white", mew=1.4, label=name, **look)
+        face = None if all(full for _, _, full in own) else "white"
+        axes.plot(xs, ys, lw=1.4, marker=_MARKERS[i % len(_MARKERS)], ms=6, mfc=face, mew=1.4, label=name, **look)
         filled = [(x, y) for x, y, full in own if full]
         axes.plot(*zip(*filled, strict=True) if filled else ((), ()), ls="", marker=_MARKERS[i % len(_MARKERS)], ms=6, **look)
     ticks = sorted({row["fraction"] for row, _, _ in points})
