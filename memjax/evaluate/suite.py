@@ -36,12 +36,17 @@ KV_POLICIES = (
     "int4(rotate=true,centre=none,balance=off)",
     "turboquant(4,4)",
     "turboquant(3,3)",
+    "turboquant(2.5,2.5)",
     "turboquant(2,2)",
+    "auto(bits=3.25)",
+    "auto(bits=2.75)",
     "turboquant(4,4,scale=norm,centre=none,balance=off)",
     "turboquant(2,2,scale=norm,centre=none,balance=off)",
     "kivi(4)",
     "kivi(2)",
     "kvarn(4,2)",
+    "zipcache(4,2)",
+    "gear(kivi(2),4)",
 )
 Result = dict[str, object]
 Progress = Callable[[str], None]
