@@ -47,7 +47,11 @@ METHODS = (
     "h2o({budget})",
     "tova({budget})",
     "snapkv({budget})",
+    "snapkv({budget})+massfold",
     "pyramidkv({budget})",
+    "adakv({budget})",
+    "dropkv({budget})",
+    "expected_attention({budget})",
     "knorm({budget})",
     "keydiff({budget})",
 )
