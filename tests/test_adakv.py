@@ -52,7 +52,7 @@ def evict_together(heads, start: int, end: int) -> None:
         present = [*head.held, *range(start, end)]
         candidates = np.array([p for p in present if SINKS <= p < end - RECENT], int)
         head.held = [p for p in present if p < SINKS or p >= end - RECENT]
-        best = sorted(zip(-neighbours(head, candidates), candidates, strict=True))
+        best = sorted(zip(-neighbours(2)(head, candidates), candidates, strict=True))
         ranked += [(place >= FLOOR, rank, h, p) for place, (rank, p) in enumerate(best)]
     for _, _, h, p in sorted(ranked)[: HEADS * KEPT]:
         heads[h].held = sorted([*heads[h].held, int(p)])

@@ -18,7 +18,6 @@ from memjax.evaluate.generated import Cache, first_difference, generate_samples,
 from memjax.evaluate.passkey import Passkey
 from memjax.evaluate.report import evaluation_tables, pareto_front, pareto_plot, save_json
 from memjax.evaluate.suite import SUITES, Evaluation, compare_settings, evaluate, neighbours, spearman, static_policy
-from memjax.generate.loop import Generation
 
 POLICIES = ("int8", "int4+protect(4,16)")
 SMALL = Evaluation(policies=POLICIES, tokens=112, retrieval_tokens=0, chunk=32, cache_dtype="float32")
@@ -232,14 +231,13 @@ def test_a_job_is_compiled_once_for_all_texts(model):
 def test_pass_keys_are_asked_at_every_depth(model, monkeypatch):
     calls, answers = [], [[" 74219", " 74219", " 74210"], [" 74219", "x", " 7421"]]
 
-    def answering(model, prompts, **options):
-        calls.append(prompts)
-        assert (options["max_new_tokens"], options["chunk"]) == (6, 16)
-        ids = [tuple(model.tokenizer.encode(text)) for text in answers[len(calls) - 1]]
-        return [Generation("", tokens, "length", 1, None) for tokens in ids]
+    def answering(model, cache, prompts, chunk, new):
+        calls.append(prompts.tolist())
+        assert (len(cache), chunk, new) == (model.config.layers, 16, 6)
+        return [np.asarray(model.tokenizer.encode(text)) for text in answers[len(calls) - 1]]
 
     key = Passkey("74219")
-    monkeypatch.setattr(generated, "generate", answering)
+    monkeypatch.setattr(generated, "answer", answering)
     caches = [Cache("uncompressed", mj.policy("dense"), None), Cache("int4", mj.policy("int4"), "bfloat16")]
     rows = retrieve(model, caches, [7] * 200, (0.1, 0.5, 0.9), 16, lambda done: None, key)
     statement, question = (model.tokenizer.encode(text) for text in (key.statement, key.question))

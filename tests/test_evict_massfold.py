@@ -115,7 +115,10 @@ def test_free_slots_take_nothing_and_give_nothing():
     assert not np.asarray(kept.bias).any()
 
 
-@pytest.mark.parametrize("text", [f"h2o({BUDGET})+massfold", f"snapkv({BUDGET},window=4)+massfold+int8"])
+INT8 = "+int8(centre=none,balance=off)"
+
+
+@pytest.mark.parametrize("text", [f"h2o({BUDGET})+massfold", f"snapkv({BUDGET},window=4)+massfold{INT8}"])
 def test_bytes_rows_and_codes(text):
     """Ragged rows are what they are alone, bytes are predicted, and codes are merged about as exact vectors are."""
     policy = mj.policy(text + WINDOWS)
@@ -124,7 +127,7 @@ def test_bytes_rows_and_codes(text):
     assert (np.asarray(cache.history.bias) > 0).any()
     without = mj.policy(text.replace("+massfold", "") + WINDOWS)
     assert mj.nbytes(cache).device - mj.predict_nbytes(without, SPEC).device == 4 * BATCH * HEADS * KEPT
-    exact, _ = run(mj.policy(text.replace("+int8", "") + WINDOWS).init(SPEC), TEXT, CUTS["sevens"])
+    exact, _ = run(mj.policy(text.replace(INT8, "") + WINDOWS).init(SPEC), TEXT, CUTS["sevens"])
     assert relative_error(whole, exact) < (0.05 if "int8" in text else 1e-6)
     single = dataclasses.replace(SPEC, batch=1)
     alone, _ = run(policy.init(single), [x[1:] for x in TEXT], CUTS["sevens"])

@@ -102,7 +102,7 @@ def oracle(codec=None) -> tuple[np.ndarray, float]:
     return outs.reshape(BATCH, STEPS, -1, DIM), float(np.mean(recalls))
 
 
-@pytest.mark.parametrize("codec", ["", "+int4(rotate=true)"])
+@pytest.mark.parametrize("codec", ["", "+int4(rotate=true,centre=none,balance=off)"])
 def test_a_step_reads_the_pages_with_the_best_bounds(codec):
     policy = mj.policy(QUEST + codec + WINDOWS)
     out, cache = steps(after_prompt(policy))
@@ -259,8 +259,8 @@ def test_the_first_layers_are_left_alone():
 
 def test_a_cache_that_is_quantized_later_has_the_same_bounds():
     cache = after_prompt(mj.policy(QUEST + WINDOWS))
-    coded = quantize(cache, mj.int8())
-    other = after_prompt(mj.policy(QUEST + "+int8" + WINDOWS))
+    coded = quantize(cache, mj.int8(centre="none", balance="off"))
+    other = after_prompt(mj.policy(QUEST + "+int8(centre=none,balance=off)" + WINDOWS))
     for found, expected in zip(coded.bounds, other.bounds, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-6)
     with pytest.raises(ValueError, match="evict would scatter the tokens of quest's pages"):

@@ -117,14 +117,14 @@ class EvictionEvaluation:
     def __post_init__(self):
         if not self.fractions or not all(0.0 < fraction <= 1.0 for fraction in self.fractions):
             raise ValueError(f"kept fractions lie in (0, 1], got {list(self.fractions)}")
-        for name, given in (("fraction", self.fractions), ("depth", self.depths), ("method", self.jobs())):
-            if twice := [each for i, each in enumerate(given) if each in given[:i]]:
-                raise ValueError(f"{name} {twice[0]} is given twice")
         if min(self.tokens, self.chunk) < 1 or self.continuation < 2:
             raise ValueError(
                 f"eviction needs tokens, chunk >= 1 and a continuation >= 2, got {self.tokens}, {self.chunk}, "
                 f"{self.continuation}"
             )
+        for name, given in (("fraction", self.fractions), ("depth", self.depths), ("method", self.jobs())):
+            if twice := [each for i, each in enumerate(given) if each in given[:i]]:
+                raise ValueError(f"{name} {twice[0]} is given twice")
         for depth in self.depths:
             Passkey(depth=depth)
         CacheSpec(1, 1, 1, 1, self.cache_dtype)
