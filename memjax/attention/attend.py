@@ -16,6 +16,7 @@ from memjax.cache.encode import fitted
 from memjax.cache.layer import LayerCache, leaving_count, staged_positions
 from memjax.cache.segment import Segment, bare
 from memjax.cache.share import heads_apart, shared_queries
+from memjax.cache.slots import order_in_ring
 from memjax.evict.expected_attention import SKIPPED, add_queries
 from memjax.evict.observer import Look
 from memjax.offload import pool
@@ -66,15 +67,16 @@ def attend(
                 f"attend got {tokens} queries for {cache.staged.slots} staged tokens: pass the positions of the queries"
             )
         positions = staged_positions(cache, tokens) - (0 if cache.staged is not None else tokens)
-    reader, observer = _Reader(cache, q, positions, consecutive), cache.layout.observer
-    observed = consecutive and cache.staged is not None and observer is not None
+    reader, observer = Reader(cache, q, positions, consecutive), cache.layout.observer
+    fresh = consecutive and cache.staged is not None
+    observed = fresh and observer is not None
     reader.keeps_logits = observed and tokens <= DECODE_TOKENS
     parts = reader.recent_parts()
     apart = [reader.sink_part()] if reader.sinks_stand_apart else []
     if cache.history is not None:
         parts += reader.history_parts(parts + apart)
     out, lse = merge(parts + apart)
-    if consecutive and cache.staged is not None and cache.moments is not None:
+    if fresh and cache.moments is not None:
         counts = (positions >= SKIPPED) & (positions - cache.length[:, None] < cache.staged_count[:, None])
         cache = dataclasses.replace(cache, moments=add_queries(cache.moments, q, counts))
     if observed:
@@ -85,7 +87,7 @@ def attend(
     return jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out).astype(q.dtype), cache
 
 
-def _observed(reader: _Reader, q: Array, out: Array, lse: Array) -> LayerCache:
+def _observed(reader: Reader, q: Array, out: Array, lse: Array) -> LayerCache:
     """The cache with the scores that the attention of its observer's queries gives to tokens."""
     cache, observer, tokens = reader.cache, reader.cache.layout.observer, q.shape[1]
     index = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (q.shape[0], tokens))
@@ -95,7 +97,7 @@ def _observed(reader: _Reader, q: Array, out: Array, lse: Array) -> LayerCache:
         kept = jnp.maximum(index, 0)
         at = jnp.where(index >= 0, jnp.take_along_axis(reader.positions, kept, axis=1), FREE)
         out, lse = (_of_tokens(x, kept, reader.groups) for x in (out, lse))
-        reader = _Reader(cache, jnp.take_along_axis(q, kept[:, :, None, None], axis=1), at, False)
+        reader = Reader(cache, jnp.take_along_axis(q, kept[:, :, None, None], axis=1), at, False)
         reader.observe("xla")
     decay, weights = observer.weights(index, cache.staged_count)
     return reader.scored(out, lse, decay, jnp.tile(weights, (1, reader.groups)) / reader.groups)
@@ -121,7 +123,7 @@ def _overflowed(cache: LayerCache) -> Array:
     return written > slots
 
 
-class _Reader:
+class Reader:
     """The queries of one call, prepared once, and the attention over each kind of segment."""
 
     def __init__(self, cache: LayerCache, q: Array, positions: Array, consecutive: bool):
@@ -246,9 +248,9 @@ class _Reader:
         """
         cache, parts, found = self.cache, [], []
         if cache.sinks is not None and not self.sinks_stand_apart:
-            found.append((cache.sinks, _sink_positions(cache)))
+            found.append((cache.sinks, sink_positions(cache)))
         if cache.tail is not None:
-            found.append((cache.tail, _tail_positions(cache)))
+            found.append((cache.tail, tail_positions(cache)))
         if cache.staged is not None:
             position = Span(cache.length, cache.staged_count)
             if self.sinks_stand_apart:
@@ -263,7 +265,7 @@ class _Reader:
     def sink_part(self):
         """Sinks under queries that stand elsewhere (positions inside the cache), staged sinks included."""
         cache, sinks = self.cache, self.place.sinks
-        found = [(cache.sinks, _sink_positions(cache))]
+        found = [(cache.sinks, sink_positions(cache))]
         if cache.staged is not None:
             first = jax.tree.map(lambda x: x[..., :sinks], cache.staged)
             count = jnp.clip(sinks - cache.length, 0, jnp.minimum(cache.staged_count, first.slots))
@@ -377,21 +379,15 @@ class _Reader:
         return jax.lax.scan(step, one_page(0), jnp.arange(1, pages))[0]
 
 
-def _sink_positions(cache: LayerCache) -> Span:
+def sink_positions(cache: LayerCache) -> Span:
     return Span(jnp.zeros_like(cache.length), jnp.minimum(cache.length, cache.layout.sinks))
 
 
-def _tail_positions(cache: LayerCache) -> Int[Array, "B 1 S"]:
+def tail_positions(cache: LayerCache) -> Int[Array, "B 1 S"]:
     """Slot j of the tail holds the newest committed position that is j modulo the tail's length, if not the history does."""
-    tail, length = cache.layout.tail, cache.length[:, None]
-    position = length - 1 - (length - 1 - jnp.arange(tail, dtype=jnp.int32)) % tail
+    tail = cache.layout.tail
+    position = order_in_ring(cache.length[:, None], jnp.arange(tail, dtype=jnp.int32), tail)
     return jnp.where(position >= cache.layout.sinks + cache.written[:, None], position, FREE)[:, None]
-
-
-def _order_in_ring(written: Array, slots: int) -> Array:
-    """Which token (by its number of entry into the history) sits in each slot of a ring; negative: none."""
-    last = written[:, None] - 1
-    return last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
 
 
 def history_positions(cache: LayerCache) -> Positions:
@@ -401,7 +397,7 @@ def history_positions(cache: LayerCache) -> Positions:
         return history.pos
     if not place.ring and cache.host is None:
         return _from_first_slot(cache, jnp.minimum(cache.written, history.slots))
-    order = _order_in_ring(cache.written, history.slots)
+    order = order_in_ring(cache.written[:, None], jnp.arange(history.slots, dtype=jnp.int32), history.slots)
     return jnp.where(order >= 0, order + place.sinks, FREE)[:, None]
 
 
@@ -415,7 +411,7 @@ def host_positions(cache: LayerCache, resident: bool = False) -> Positions:
     both = 0 if resident else place.resident
     if not place.ring:
         return _from_first_slot(cache, jnp.clip(cache.written - both, 0, place.slots))
-    order = _order_in_ring(cache.written, place.slots)
+    order = order_in_ring(cache.written[:, None], jnp.arange(place.slots, dtype=jnp.int32), place.slots)
     older = (order >= 0) & (order < cache.written[:, None] - both)
     position = jnp.where(older, order + place.sinks, FREE)
     padding = place.host_slots - place.slots

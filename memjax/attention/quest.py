@@ -3,9 +3,6 @@
 Each kv head chooses for itself: the heads are folded into the batch of ``decode``, and the page table of a row names the
 pages of its head, so kernels read them where they lie. Bytes of a step per kv head, with n pages of P slots chosen out of S
 slots: n P slots of codes, and 2 H S / P numbers of the cache's dtype for the bounds.
-
-The slots of chosen pages are not consecutive. Kernels compute the term of a front end's centre for spans of positions only,
-so with a centred codec the chosen pages are read with XLA, and ``kernels(pallas)`` says so.
 """
 
 from __future__ import annotations

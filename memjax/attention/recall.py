@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from memjax.attention.attend import _Reader, _sink_positions, _tail_positions, history_positions
+from memjax.attention.attend import Reader, history_positions, sink_positions, tail_positions
 from memjax.cache.layer import LayerCache, staged_positions
 from memjax.evict.kvzip import attention_in_chunk
 from memjax.pallas_kernels.merge import merge
@@ -18,7 +18,7 @@ BLOCK = 64  # queries whose logits over the whole cache exist at once
 def recall(cache: LayerCache, q: Float[Array, "B T N H"]) -> Float[Array, "B T N Hv"]:
     """What staged tokens read, as ``attend`` gives it, but they need no slots: they will be forgotten."""
     batch, tokens, heads, _ = q.shape
-    reader = _Reader(cache, q, staged_positions(cache, tokens), True)
+    reader = Reader(cache, q, staged_positions(cache, tokens), True)
     parts = reader.recent_parts()
     if cache.history is not None:
         parts += reader.history_parts(parts)
@@ -39,7 +39,7 @@ def recall_scores(
 
     def scored(best: Array, i: Array) -> tuple[Array, None]:
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)  # noqa: E731
-        reader = _Reader(cache, cut(q), cut(at), False)
+        reader = Reader(cache, cut(q), cut(at), False)
         reader.observe("xla")
         recent, history = reader.logits["recent"], reader.logits["history"]
         return jnp.maximum(best, attention_in_chunk(history, k_pos, (recent, others), begin, end, cache.length)), None
@@ -50,7 +50,7 @@ def recall_scores(
 
 def _recent_positions(cache: LayerCache) -> Int[Array, "B 1 R"]:
     """Of the slots whose logits come together: sinks, tail and staged tokens."""
-    found = [positions(_sink_positions(cache), cache.sinks.slots)] if cache.sinks is not None else []
-    found += [_tail_positions(cache)] if cache.tail is not None else []
+    found = [positions(sink_positions(cache), cache.sinks.slots)] if cache.sinks is not None else []
+    found += [tail_positions(cache)] if cache.tail is not None else []
     found.append(positions(Span(cache.length, cache.staged_count), cache.staged.slots))
     return jnp.concatenate(found, axis=-1)

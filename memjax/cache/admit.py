@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.cache.slots import take, top_slots, write_at
+from memjax.cache.slots import beside, take, top_slots, write_at
 from memjax.evict import Budgeted
 from memjax.evict.evictor import Candidates
 from memjax.evict.massfold import Fates, fold
@@ -39,21 +39,19 @@ def admit(
       values: the codec of the values, with which tokens that go are folded into others; None: they are not.
       expected: gives the expected logits of all of them, see ``Candidates``.
     """
-    both = lambda a, b: jnp.concatenate([a, b], axis=-1)  # noqa: E731
-    pos, score = both(history.pos, new.pos), both(history.score, new.score) if evictor.scored else None
-    tokens = Candidates(score, pos, end, keys, expected)
-    living = pos >= alive[:, None, None]
+    everyone = beside(history, new)
+    pos, living = everyone.pos, everyone.pos >= alive[:, None, None]
+    tokens = Candidates(everyone.score, pos, end, keys, expected)
     rank = ordered(evictor.rank(tokens), pos, living)
     if new.slots == 1:
         lowest = rank == jnp.min(rank, axis=-1, keepdims=True)
         goes = jnp.argmax(jnp.where(lowest, pos, FREE - 1), axis=-1)  # of equal ones the newest
         kept = write_at(history, new, goes)
     else:
-        kept = take(jax.tree.map(both, history, new), top_slots(rank, history.slots))
+        kept = take(everyone, top_slots(rank, history.slots))
     if values is None:
         return kept
     fates = _one_fate(goes, history.slots) if new.slots == 1 else _fates(rank, history.slots)
-    everyone = jax.tree.map(both, history, new)
     return fold(kept, everyone, fates, keys(), evictor.mass(tokens), (pos >= 0) & living, values)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from memjax.cache.encode import decode_keys
 from memjax.cache.layout import Layout
 from memjax.cache.segment import Segment
-from memjax.cache.slots import take_pages
+from memjax.cache.slots import order_in_ring, take_pages
 from memjax.cache.spec import CacheSpec
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def bounds_of(cache: LayerCache, history: Segment, at: Int[Array, "B n"], writte
     spec, page = cache.spec, cache.layout.page
     codes, extra = take_pages((history.k, history.extra), at, page)
     slot = (at[..., None] * page + jnp.arange(page, dtype=jnp.int32)).reshape(at.shape[0], -1)
-    last = written[:, None] - 1
-    order = (last - (last - slot) % history.slots)[:, None]  # which token sits there; negative: none
+    order = order_in_ring(written[:, None], slot, history.slots)[:, None]
     position = jnp.maximum(order, 0) + cache.layout.sinks
     keys = decode_keys(codes, position, cache.policy.codec, cache.basis, spec)
     if extra is not None:

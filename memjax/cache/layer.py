@@ -29,7 +29,7 @@ from memjax.cache.encode import decode_keys, encode, encode_in_two, fit_codec, f
 from memjax.cache.layout import Layout, layout
 from memjax.cache.segment import Segment, bare, cast
 from memjax.cache.share import admit_shared
-from memjax.cache.slots import take, write, write_ring
+from memjax.cache.slots import beside, order_in_ring, take, write, write_ring
 from memjax.cache.spec import CacheSpec
 from memjax.evict.expected_attention import Moments, expected_logits, mean_rotation, no_moments
 from memjax.offload import pool
@@ -436,7 +436,7 @@ def _admitted(cache: LayerCache, stored: Segment, exact: Segment, position: Arra
 def _source(written: Array, written_after: Array, place: Layout) -> Int[Array, "B S"]:
     """Which token of the step (by its number in the block) each slot of the host pool gets; -1: none."""
     slot, end = jnp.arange(place.host_slots, dtype=jnp.int32), written_after[:, None]
-    newest = end - 1 - (end - 1 - slot) % place.slots if place.ring else slot
+    newest = order_in_ring(end, slot, place.slots) if place.ring else slot
     fresh = (newest >= written[:, None]) & (newest < end) & (slot < place.slots)
     return jnp.where(fresh, newest - written[:, None], -1)
 
@@ -475,7 +475,7 @@ def _recent(cache: LayerCache, position: Int[Array, "B T"]) -> Segment:
     source, offset, place = cache.staged, position - cache.length[:, None], cache.layout
     if cache.tail is not None:
         tail = cast(cache.tail, source.k.data.dtype)
-        source = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), tail, source)
+        source = beside(tail, source)
         offset = jnp.where(offset < 0, position % place.tail, offset + place.tail)
     return take(source, jnp.clip(offset, 0, source.slots - 1))
 

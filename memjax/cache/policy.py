@@ -292,16 +292,13 @@ def _part_string(part, front: FrontEnd | None) -> str:
         if isinstance(value, KeyValueCodec):  # a codec around another, which the front end then belongs to
             leading.append(_part_string(value, front))
             front = None
-        elif field.metadata.get("unset") == value or isinstance(field.default, float | bool):
-            positional = False
-            if value != field.default:
-                keyword.append(f"{field.name}={text}")
-        elif isinstance(value, int | float) and positional:
+            continue
+        said = field.metadata.get("unset") != value  # and not left to another argument
+        positional &= said and isinstance(value, int | float) and not isinstance(field.default, float | bool)
+        if positional:
             leading.append(text)
-        else:
-            positional = False
-            if value != field.default:
-                keyword.append(f"{field.name}={text}")
+        elif value != field.default:
+            keyword.append(f"{field.name}={text}")
     if front is not None:
         usual = dataclasses.asdict(part.front)
         keyword += [f"{name}={value}" for name, value in dataclasses.asdict(front).items() if value != usual[name]]

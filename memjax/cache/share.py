@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from memjax.cache.admit import ordered
-from memjax.cache.slots import take, top_slots
+from memjax.cache.slots import beside, take, top_slots
 from memjax.evict import AdaKV
 from memjax.evict.evictor import Candidates
 from memjax.pallas_kernels.codes import Codes, dense
@@ -35,7 +35,7 @@ def admit_shared(
     """
     heads, tokens = new.pos.shape[1:]
     new = side_by_side(new)
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), history, new)
+    both = beside(history, new)
     far = (2**31 - 1) // heads  # so that neighbours of a head's token are its own
     pos = jnp.where(both.pos >= 0, both.pos + far * both.owner.astype(jnp.int32), FREE)
     rank = ordered(evictor.rank(Candidates(both.score, pos, end, None)), both.pos, both.pos >= alive[:, None, None])

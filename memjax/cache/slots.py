@@ -29,6 +29,11 @@ def take_pages[Tree](tree: Tree, pages: Int[Array, "B n"], page: int) -> Tree:
     return _by_run(pick, tree)
 
 
+def beside[Tree](first: Tree, second: Tree) -> Tree:
+    """The slots of both, leaves [..., S + T]."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), first, second)
+
+
 def pad[Tree](tree: Tree, room: int, fill: int = 0) -> Tree:
     """Every leaf with ``room`` more slots that hold ``fill``."""
 
@@ -70,6 +75,12 @@ def write_at[Tree](target: Tree, token: Tree, slot: Int[Array, "B K"]) -> Tree:
         return leaf.at[(rows[:, None], heads, *inner, slot)].set(new[..., 0], mode="drop")
 
     return jax.tree.map(put, target, token)
+
+
+def order_in_ring(entered: Int[Array, "B 1"], slot: Int[Array, "... n"], slots: int) -> Int[Array, "B n"]:
+    """Which token, by its number of entry, sits in a slot of a ring that so many have entered; negative: none."""
+    last = entered - 1
+    return last - (last - slot) % slots
 
 
 def top_slots(rank: Float[Array, "B K S"], count: int) -> Int[Array, "B K n"]:

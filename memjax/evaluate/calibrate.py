@@ -10,10 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from memjax.attention.rope import apply_rope
 from memjax.cache.spec import CacheSpec
+from memjax.evaluate.layerwise import next_hidden
 from memjax.models.decoder import Layer
 from memjax.models.load import LanguageModel
 from memjax.quantize.calibration import SHRINK, balanced_basis, save_calibration
@@ -47,17 +48,12 @@ def calibrate(
     hidden, layers = [model.decoder.embedding(text) for text in texts], []
     for i, (layer, spec) in enumerate(zip(model.decoder.layers, specs, strict=True)):
         layers.append(_statistics(layer, hidden, spec, shrink))
-        hidden = [_next(layer, x) for x in hidden]
+        hidden = [next_hidden(layer, x) for x in hidden]
         if progress is not None:
             progress(f"layer {i + 1} of {len(specs)}")
     centre = FrontEnd().resolved(specs[0]).centre
     facts = {"fingerprint": model.fingerprint, "centre": centre, "tokens": sum(t.shape[1] for t in texts), "shrink": shrink}
     save_calibration(path, layers, facts)
-
-
-@jax.jit
-def _next(layer: Layer, x: Float[Array, "1 T D"]) -> Float[Array, "1 T D"]:
-    return layer(x, None, None, False)[0]
 
 
 def _statistics(layer: Layer, hidden: list, spec: CacheSpec, shrink: float) -> dict[str, np.ndarray]:

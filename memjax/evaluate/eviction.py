@@ -15,10 +15,8 @@ All of this is one batch with a row per text and task: a policy is compiled once
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import math
-import platform
 import re
 import time
 from collections.abc import Sequence
@@ -33,12 +31,12 @@ from memjax.cache.ledger import dense_nbytes_per_token, nbytes
 from memjax.cache.parse import policy as parse_policy
 from memjax.cache.policy import CachePolicy, abstract
 from memjax.cache.spec import CacheSpec
-from memjax.evaluate.bootstrap import BLOCK, LEVEL, SAMPLES, block_length, mean_interval
+from memjax.evaluate.bootstrap import mean_interval
 from memjax.evaluate.compare import Progress, Row, token_metrics
 from memjax.evaluate.generated import UNCOMPRESSED
 from memjax.evaluate.layerwise import read_layers
 from memjax.evaluate.passkey import Multikey, Passkey
-from memjax.evaluate.suite import Result, Text
+from memjax.evaluate.suite import Result, Text, circumstances
 from memjax.models.load import LanguageModel
 
 NOVEL = Text("novel", "moby_dick_excerpt.txt")
@@ -246,7 +244,10 @@ def evaluate_eviction(model: LanguageModel, evaluation: EvictionEvaluation, prog
         row = {"name": name, "fraction": fraction, "budget": evaluation.budget(fraction)}
         rows.append(row | _row(wanted, found, batch, specs))
         tell(f"{name}, {fraction:g} kept")
-    return _circumstances(model, evaluation) | {"rows": rows, "seconds": time.perf_counter() - begin}
+    result = {"suite": "evict", "text": NOVEL.name, "tokens": evaluation.tokens, "chunk": evaluation.chunk}
+    result |= {"continuation": evaluation.continuation, "depths": list(evaluation.depths)}
+    result |= circumstances(model, evaluation.cache_dtype, evaluation.continuation)
+    return result | {"rows": rows, "seconds": time.perf_counter() - begin}
 
 
 @dataclass(frozen=True)
@@ -333,21 +334,3 @@ def judge(task: Task, logits: Float[np.ndarray, "A V"], answer: Sequence[int]) -
     surprise = -np.asarray(jax.nn.log_softmax(logits))[np.arange(len(answer)), answer]
     row = {"task": task.kind, "shown": task.shown, "depth": task.key.depth, "found": bool(best.all())}
     return row | {"right_tokens": float(best.mean()), "nll": float(surprise.mean(dtype=np.float64))}
-
-
-def _circumstances(model: LanguageModel, evaluation: EvictionEvaluation) -> Result:
-    packages = ("memjax", "jax", "jaxlib", "flax", "numpy")
-    return {
-        "suite": "evict",
-        "model": model.name,
-        "weights": str(jnp.dtype(model.decoder.embedding.dtype)),
-        "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
-        "text": NOVEL.name,
-        "tokens": evaluation.tokens,
-        "continuation": evaluation.continuation,
-        "depths": list(evaluation.depths),
-        "chunk": evaluation.chunk,
-        "cache_dtype": evaluation.cache_dtype,
-        "bootstrap": {"block": block_length(evaluation.continuation, BLOCK), "samples": SAMPLES, "level": LEVEL},
-    }

@@ -66,6 +66,12 @@ def _logits(decoder: Decoder, hidden: Array) -> Array:
 
 
 @jax.jit
+def next_hidden(layer: Layer, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
+    """What a layer makes of texts of their own, without a cache."""
+    return layer(x, None, None, False)[0]
+
+
+@jax.jit
 def _embed(embedding, tokens: Array) -> Array:
     return embedding(tokens)
 

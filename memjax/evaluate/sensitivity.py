@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from memjax.cache.policy import CachePolicy, Windows
 from memjax.cache.spec import CacheSpec
 from memjax.evaluate.calibrate import SINKS
+from memjax.evaluate.layerwise import next_hidden
 from memjax.models.decoder import Decoder, Layer
 from memjax.models.load import LanguageModel
 from memjax.quantize import Dense
@@ -64,13 +65,13 @@ def _sums(
     specs = decoder.cache_specs(1, length, "float32")
     states = [decoder.embedding(text)]
     for layer in decoder.layers:
-        states.append(_next(layer, states[-1]))
+        states.append(next_hidden(layer, states[-1]))
     wanted = _log_probabilities(decoder, states[-1])
     rows = []
     for i, spec in enumerate(specs):
         x = jnp.concatenate([_coded(decoder.layers[i], states[i], policy, spec) for policy in _policies(bits)])
         for layer in decoder.layers[i + 1 :]:
-            x = _next(layer, x)
+            x = next_hidden(layer, x)
         rows.append(np.asarray(_divergence(decoder, wanted, x), np.float64))
         if not np.isfinite(rows[-1]).all():
             raise FloatingPointError(f"coding layer {i} gave NaN: look for NaN in the model's activations")
@@ -83,11 +84,6 @@ def _policies(bits: tuple[int, ...]) -> list[CachePolicy]:
     coded = [stream_codec(b) for b in bits]
     pairs = [Pair(codec, Dense()) for codec in coded] + [Pair(Dense(), codec) for codec in coded]
     return [CachePolicy(codec=pair, windows=Windows(SINKS, 0)) for pair in pairs]
-
-
-@jax.jit
-def _next(layer: Layer, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
-    return layer(x, None, None, False)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "spec"))

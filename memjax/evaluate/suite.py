@@ -215,7 +215,9 @@ def evaluate(model: LanguageModel, evaluation: Evaluation, progress: Progress | 
     """
     begin, tell = time.perf_counter(), progress or (lambda done: None)
     ids = evaluation.encode(model)
-    result = _circumstances(model, evaluation)
+    result = {"suite": evaluation.suite, "tokens": evaluation.tokens, "chunk": evaluation.chunk}
+    result |= {"retrieval_tokens": evaluation.retrieval_tokens, "sample": evaluation.sample}
+    result |= circumstances(model, evaluation.cache_dtype, evaluation.tokens)
     rows, pairs = _measure(model, evaluation, ids, tell)
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     result |= {"settings": settings, "rows": rows, "pairs": pairs}
@@ -238,20 +240,16 @@ def _generated(model: LanguageModel, evaluation: Evaluation, ids: dict[Text, lis
     return result
 
 
-def _circumstances(model: LanguageModel, evaluation: Evaluation) -> Result:
+def circumstances(model: LanguageModel, cache_dtype: str, measured: int) -> Result:
+    """What a result depends on besides what was asked for; ``measured``: tokens that intervals are about."""
     packages = ("memjax", "jax", "jaxlib", "flax", "numpy")
     return {
-        "suite": evaluation.suite,
         "model": model.name,
         "weights": str(jnp.dtype(model.decoder.embedding.dtype)),
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
-        "tokens": evaluation.tokens,
-        "chunk": evaluation.chunk,
-        "cache_dtype": evaluation.cache_dtype,
-        "retrieval_tokens": evaluation.retrieval_tokens,
-        "sample": evaluation.sample,
-        "bootstrap": {"block": block_length(evaluation.tokens, BLOCK), "samples": SAMPLES, "level": LEVEL},
+        "cache_dtype": cache_dtype,
+        "bootstrap": {"block": block_length(measured, BLOCK), "samples": SAMPLES, "level": LEVEL},
     }
 
 

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.cache.slots import take, write_at
+from memjax.cache.slots import beside, take, write_at
 
 if TYPE_CHECKING:
     from memjax.cache.segment import Segment
@@ -115,4 +115,4 @@ def _put(kept: Segment, merged: Segment, slot: Int[Array, "B K T"]) -> Segment:
     rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
     source = jnp.broadcast_to(jnp.arange(kept.slots, dtype=jnp.int32), (batch, heads, kept.slots))
     source = source.at[rows, columns, slot].set(kept.slots + jnp.arange(count, dtype=jnp.int32), mode="drop")
-    return take(jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), kept, merged), source)
+    return take(beside(kept, merged), source)
