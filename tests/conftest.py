@@ -75,3 +75,16 @@ def tiny():
     )
     decoder = Decoder(config, rngs=nnx.Rngs(0))
     return LanguageModel("tiny", decoder, None, eos_ids=(60,))
+
+
+@pytest.fixture(scope="session")
+def sensitivity_file(tmp_path_factory) -> str:
+    """What ``auto`` reads, for two layers."""
+    import numpy as np
+
+    from memjax.quantize.sensitivity import OPTIONS, Sensitivity, save_sensitivity
+
+    path = tmp_path_factory.mktemp("table") / "measured.json"
+    losses = np.linspace(1.0, 0.1, len(OPTIONS)) * np.ones((2, 1))
+    save_sensitivity(path, Sensitivity("0123456789abcdef", 48, OPTIONS, losses, losses))
+    return str(path)

@@ -13,7 +13,6 @@ import memjax as mj
 from memjax.cache.layer import commit
 from memjax.cache.parse import PARTS
 from memjax.evict import Streaming
-from memjax.quantize.sensitivity import OPTIONS, Sensitivity, save_sensitivity
 
 BUDGET = 20
 EVICTORS = ("streaming(2,18)", "h2o(20)", "tova(20)", "snapkv(20,window=4)", "pyramidkv(20)", "knorm(20)", "keydiff(20)")
@@ -24,7 +23,7 @@ WINDOWS = {"none": "protect(0,0)", "recent": "protect(2,6)"}
 # Codecs that a budget cannot go with, and why.
 NEIGHBOURS = dict.fromkeys(("kivi", "kvarn", "zipcache"), "codes tiles of") | {"progressive": "reads pages of"}
 NOT_CODECS = {"host", "protect", "kernels", "dense", "massfold"}
-SELECTORS = {"quest"}  # which free nothing, and have tests of their own
+SELECTORS = {"quest", "kvzip", "kvcompose"}  # which free nothing while a text is read, and have tests of their own
 SPEC = dataclasses.replace(SPEC, q_heads=HEADS * GROUPS)
 
 
@@ -49,20 +48,11 @@ def test_the_table_names_every_part():
     assert {name(each) for each in CODECS} - {"dense"} == set(PARTS) - evictors - NOT_CODECS
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory) -> str:
-    """What ``auto`` reads, for two layers."""
-    path = tmp_path_factory.mktemp("table") / "measured.json"
-    losses = np.linspace(1.0, 0.1, len(OPTIONS)) * np.ones((2, 1))
-    save_sensitivity(path, Sensitivity("0123456789abcdef", 48, OPTIONS, losses, losses))
-    return str(path)
-
-
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("evictor", EVICTORS)
-def test_every_chain_is_made_or_refused(evictor, window, file):
+def test_every_chain_is_made_or_refused(evictor, window, sensitivity_file):
     for codec in CODECS:
-        codec = f"auto(bits=10,file={file})" if codec == "auto" else codec
+        codec = f"auto(bits=10,file={sensitivity_file})" if codec == "auto" else codec
         reason = impossible(evictor, codec)
         if (name(evictor), name(codec)) == ("adakv", "gear"):  # what a layer's heads share is known with its spec
             with pytest.raises(ValueError, match="cannot be joined with gear"):

@@ -342,6 +342,37 @@ def test_the_pyramids_budgets_add_up():
     assert mj.nbytes(caches) == mj.predict_nbytes(caches[0].policy, specs[:1]) + mj.nbytes(caches[1:])
 
 
+IN_BYTES = ["snapkv(%s)", "pyramidkv(%s,beta=4)+int4", "adakv(%s)+turboquant(3,2)", "knorm(%s)+auto(bits=9)"]
+
+
+@pytest.mark.parametrize("text", IN_BYTES)
+def test_a_budget_in_bytes_is_the_largest_that_fits(text, sensitivity_file):
+    """One more token would take more bytes than the limit; the layers share them by the evictor's rule."""
+    text, specs = text.replace("9)", f"9,file={sensitivity_file})") + WINDOWS, [SPEC] * 2
+    taken = {n: mj.predict_nbytes(mj.policy(text % n), specs).device for n in (30, 31)}
+    limit = sum(taken.values()) // 2
+    assert taken[30] <= limit < taken[31]
+    policy = mj.policy(text % f"bytes={limit}")
+    assert mj.policy(str(policy)) == policy
+    caches = policy.init(specs)
+    assert mj.nbytes(caches) == mj.predict_nbytes(policy, specs)
+    assert jax.tree.structure(caches) == jax.tree.structure(mj.policy(text % 30).init(specs))
+
+
+def test_a_limit_in_bytes_is_one_for_the_whole_cache():
+    both = mj.per_layer(mj.policy("h2o(bytes=60000)" + WINDOWS), {0: mj.policy("dense")})
+    caches = both.init([SPEC] * 3)
+    assert caches[0].policy == mj.policy("dense")
+    assert caches[1].policy == caches[2].policy
+    assert 58_000 < mj.nbytes(caches).device <= 60_000
+    everything = mj.policy("h2o(bytes=9MB)" + WINDOWS).init([SPEC])[0]
+    assert everything.layout.judge is None
+    with pytest.raises(ValueError, match=r"is less than the smallest cache of these layers, \d+ bytes"):
+        mj.policy("h2o(bytes=1000)" + WINDOWS).init([SPEC])
+    with pytest.raises(ValueError, match="one budget in bytes decides about a whole cache"):
+        mj.per_layer(mj.policy("h2o(bytes=60000)"), {0: mj.policy("h2o(bytes=9000)")}).init([SPEC] * 2)
+
+
 def test_duplicates_go_first():
     """KeyDiff: of many equal keys and one that differs, that one stays."""
     keys = np.ones((1, 1, 4, 12), np.float32)
@@ -353,8 +384,8 @@ def test_duplicates_go_first():
 
 BAD = {
     "budget of protection": (f"h2o({SINKS + RECENT})" + WINDOWS, "leaves none to choose besides the 8 that are protected"),
-    "no budget": ("h2o", "needs a budget in tokens or a fraction"),
-    "both": ("h2o(8,fraction=0.5)", "one of them, got budget=8 and fraction=0.5"),
+    "no budget": ("h2o", "needs a budget in tokens, a fraction"),
+    "both": ("h2o(8,fraction=0.5)", "one of them, got budget=8, fraction=0.5, bytes=0"),
     "fraction above one": ("tova(fraction=1.5)", r"fraction in \(0, 1\]"),
     "negative budget": ("knorm(-4)", "budget"),
     "even kernel": ("snapkv(64,kernel=4)", "odd number of neighbours"),
@@ -363,6 +394,9 @@ BAD = {
     "two precisions": ("snapkv(64)+zipcache", "cannot take single ones"),
     "host tier": ("h2o(64)+host(8,4)", "host tier cannot move"),
     "two evictors": ("h2o(64)+streaming(4,60)", "both decide eviction"),
+    "bytes and tokens": ("h2o(8,bytes=1MiB)", "one of them, got budget=8, fraction=0.0, bytes=1048576"),
+    "bytes of one layer": ("h2o(bytes=1MiB)", "needs the specs of all layers"),
+    "no bytes": ("h2o(bytes=many)", "bytes must be a number such as 67108864 or 64MiB"),
     "a fraction of a pyramid": ("pyramidkv(64,beta=0)", "beta"),
 }
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.attention.attend import Reader, history_positions, sink_positions, tail_positions
 from memjax.cache.layer import LayerCache, staged_positions
-from memjax.evict.kvzip import attention_in_chunk
+from memjax.evict.rereading import Rereading, attention
 from memjax.pallas_kernels.merge import merge
 from memjax.pallas_kernels.slots import FREE, Span, positions
 
@@ -25,27 +25,32 @@ def recall(cache: LayerCache, q: Float[Array, "B T N H"]) -> Float[Array, "B T N
     return merge(parts)[0].reshape(batch, heads, tokens, -1).swapaxes(1, 2).astype(q.dtype)
 
 
-def recall_scores(
-    cache: LayerCache, q: Float[Array, "B T N H"], begin: Int[Array, "B"], end: Int[Array, "B"]
-) -> Float[Array, "B K S"]:
-    """KVzip's scores of the history's tokens at positions ``begin <= p < end``, by the staged tokens' queries; else 0."""
-    tokens = q.shape[1]
+def recalled(
+    cache: LayerCache, q: Float[Array, "B T N H"], begin: Int[Array, "B"], end: Int[Array, "B"], method: Rereading
+) -> Float[Array, "B K G S"]:
+    """The most attention that a staged token's queries, one head each, give to a slot of the history.
+
+    The staged tokens reread positions ``begin <= p < end``; ``method`` says what the softmax runs over.
+    """
+    batch, tokens, heads, _ = q.shape
     at = staged_positions(cache, tokens)
     at = jnp.where(at - cache.length[:, None] < cache.staged_count[:, None], at, FREE)
     block = min(BLOCK, tokens)
     padding = -tokens % block
     q, at = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))), jnp.pad(at, ((0, 0), (0, padding)), constant_values=FREE)
     k_pos, others = positions(history_positions(cache), cache.history.slots), _recent_positions(cache)
+    shape = (batch, cache.spec.kv_heads, heads // cache.spec.kv_heads)
 
-    def scored(best: Array, i: Array) -> tuple[Array, None]:
+    def most(best: Array, i: Array) -> tuple[Array, None]:
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)  # noqa: E731
         reader = Reader(cache, cut(q), cut(at), False)
         reader.observe("xla")
         recent, history = reader.logits["recent"], reader.logits["history"]
-        return jnp.maximum(best, attention_in_chunk(history, k_pos, (recent, others), begin, end, cache.length)), None
+        given = attention(method, history, k_pos, (recent, others), begin, end, cache.length)
+        return jnp.maximum(best, jnp.max(given.reshape(*shape, block, -1), axis=3)), None
 
-    nothing = jnp.zeros((cache.spec.batch, cache.spec.kv_heads, cache.history.slots), jnp.float32)
-    return jax.lax.scan(scored, nothing, jnp.arange((tokens + padding) // block))[0]
+    nothing = jnp.zeros((*shape, cache.history.slots), jnp.float32)
+    return jax.lax.scan(most, nothing, jnp.arange((tokens + padding) // block))[0]
 
 
 def _recent_positions(cache: LayerCache) -> Int[Array, "B 1 R"]:

@@ -1,4 +1,4 @@
-"""Turns ``auto`` into a codec for every layer, by what the ledger says that each would take."""
+"""What policies leave open until the specs of all layers are known: the codecs of ``auto``, and budgets in bytes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,57 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from memjax.cache.ledger import Bytes, predict_nbytes
-from memjax.cache.policy import CachePolicy
+from memjax.cache.policy import CachePolicy, Policy
 from memjax.cache.spec import CacheSpec, LayerSpec
+from memjax.evict.evictor import Limited
 from memjax.quantize.auto import Auto, layer_codec, spend
 from memjax.quantize.sensitivity import check_sensitivity
+
+
+def afford(policy: Policy, specs: Sequence[LayerSpec]) -> Policy:
+    """The policy with the largest budget in tokens that its limit in bytes allows; without such a limit as it is.
+
+    The limit is one for the whole cache on the device, layers without a budget included; layers whose budgets differ share
+    the tokens by the evictor's rule.
+
+    Raises:
+      ValueError: two limits in bytes, or one below the smallest cache.
+    """
+    found: dict[Limited, int] = {}
+
+    def note(each: CachePolicy) -> CachePolicy:
+        if isinstance(each.evictor, Limited) and each.evictor.bytes:
+            windows = each.resolved_windows()
+            found[each.evictor] = windows.sinks + windows.recent
+        return each
+
+    policy.replaced(note)
+    if not found:
+        return policy
+    if len(found) > 1:
+        raise ValueError(f"one budget in bytes decides about a whole cache, got those of {', '.join(map(str, found))}")
+    [(evictor, protected)] = found.items()
+
+    def at(budget: int) -> Policy:
+        def change(each: CachePolicy) -> CachePolicy:
+            return dataclasses.replace(each, evictor=evictor.with_budget(budget)) if each.evictor == evictor else each
+
+        return policy.replaced(change)
+
+    low, high = protected + 1, max(spec.capacity for spec in specs if isinstance(spec, CacheSpec))
+    smallest = predict_nbytes(at(low), specs).device
+    if smallest > evictor.bytes:
+        raise ValueError(
+            f"{evictor.name}(bytes={evictor.bytes}) is less than the smallest cache of these layers, {smallest} bytes on the "
+            f"device with {low} tokens; raise it, or protect fewer than {protected}"
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        if predict_nbytes(at(middle), specs).device <= evictor.bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return at(low)
 
 
 def allocate(policies: Sequence[CachePolicy], specs: Sequence[LayerSpec]) -> list[CachePolicy]:

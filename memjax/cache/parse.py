@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from memjax.cache import parts
 from memjax.cache.policy import CachePolicy, chain
-from memjax.evict.kvzip import USAGE
 
 _NAMES = (
     "dense",
@@ -35,6 +34,8 @@ _NAMES = (
     "knorm",
     "keydiff",
     "expected_attention",
+    "kvzip",
+    "kvcompose",
     "massfold",
     "quest",
     "host",
@@ -79,8 +80,6 @@ def _part(piece: str, text: str) -> CachePolicy:
     if match is None:
         raise ValueError(f"cannot read {piece!r} in policy {text!r}; write parts like name or name(1, key=value)")
     name, arguments = match.groups()
-    if name == "kvzip":
-        raise ValueError(USAGE)
     if name not in PARTS:
         raise ValueError(f"unknown policy {name!r} in {text!r}; the known ones are {', '.join(signatures().values())}")
     return PARTS[name](**_bind(name, arguments or ""))

@@ -10,6 +10,8 @@ from memjax.evict import (
     ExpectedAttention,
     KeyDiff,
     Knorm,
+    KVCompose,
+    KVzip,
     MassFold,
     PyramidKV,
     Quest,
@@ -148,53 +150,79 @@ def zipcache(
     return _coded(ZipCache(salient_bits, rest_bits, tile, group, share), centre, balance, calibration, pairs)
 
 
-def h2o(budget: int = 0, fraction: float = 0.0, normalised: bool = False) -> CachePolicy:
-    """Heavy hitters, see ``memjax.evict.h2o``; a budget in tokens or a fraction of the capacity, here and below."""
-    return CachePolicy(evictor=H2O(budget, fraction, normalised))
+def h2o(budget: int = 0, fraction: float = 0.0, normalised: bool = False, bytes: str | int = "") -> CachePolicy:
+    """Heavy hitters, see ``memjax.evict.h2o``; a budget in tokens, a fraction of the capacity, or bytes, here and below.
+
+    Args:
+      bytes: of a model's whole cache on the device, at most: a number, or a text such as "64MiB".
+    """
+    return CachePolicy(evictor=H2O(budget, fraction, normalised, bytes=byte_count(bytes)))
 
 
-def tova(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
+def tova(budget: int = 0, fraction: float = 0.0, bytes: str | int = "") -> CachePolicy:
     """The newest query's attention, see ``memjax.evict.tova``."""
-    return CachePolicy(evictor=Tova(budget, fraction))
+    return CachePolicy(evictor=Tova(budget, fraction, bytes=byte_count(bytes)))
 
 
-def snapkv(budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int = 5, pool: str = "avg") -> CachePolicy:
+def snapkv(
+    budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int = 5, pool: str = "avg", bytes: str | int = ""
+) -> CachePolicy:
     """Attention of the last queries, pooled, see ``memjax.evict.snapkv``."""
-    return CachePolicy(evictor=SnapKV(budget, fraction, window, kernel, pool))
+    return CachePolicy(evictor=SnapKV(budget, fraction, window, kernel, pool, bytes=byte_count(bytes)))
 
 
-def pyramidkv(budget: int = 0, window: int = 32, kernel: int = 5, pool: str = "avg", beta: int = 20) -> CachePolicy:
+def pyramidkv(
+    budget: int = 0, window: int = 32, kernel: int = 5, pool: str = "avg", beta: int = 20, bytes: str | int = ""
+) -> CachePolicy:
     """SnapKV with budgets that fall from layer to layer, see ``memjax.evict.pyramidkv``."""
-    return CachePolicy(evictor=PyramidKV(budget, 0.0, window, kernel, pool, beta))
+    return CachePolicy(evictor=PyramidKV(budget, 0.0, window, kernel, pool, beta, bytes=byte_count(bytes)))
 
 
-def dropkv(budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int = 7, pool: str = "avg") -> CachePolicy:
+def dropkv(
+    budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int = 7, pool: str = "avg", bytes: str | int = ""
+) -> CachePolicy:
     """Outputs without a token, see ``memjax.evict.dropkv``."""
-    return CachePolicy(evictor=DropKV(budget, fraction, window, kernel, pool))
+    return CachePolicy(evictor=DropKV(budget, fraction, window, kernel, pool, bytes=byte_count(bytes)))
 
 
 def adakv(
-    budget: int = 0, fraction: float = 0.0, window: int = 32, kernel: int = 5, pool: str = "avg", alpha: float = 0.2
+    budget: int = 0,
+    fraction: float = 0.0,
+    window: int = 32,
+    kernel: int = 5,
+    pool: str = "avg",
+    alpha: float = 0.2,
+    bytes: str | int = "",
 ) -> CachePolicy:
     """SnapKV with one budget for the heads of a layer, see ``memjax.evict.adakv``."""
-    return CachePolicy(evictor=AdaKV(budget, fraction, window, kernel, pool, alpha))
+    return CachePolicy(evictor=AdaKV(budget, fraction, window, kernel, pool, alpha, bytes=byte_count(bytes)))
 
 
-def knorm(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
+def knorm(budget: int = 0, fraction: float = 0.0, bytes: str | int = "") -> CachePolicy:
     """Small keys stay, see ``memjax.evict.knorm``."""
-    return CachePolicy(evictor=Knorm(budget, fraction))
+    return CachePolicy(evictor=Knorm(budget, fraction, bytes=byte_count(bytes)))
 
 
-def keydiff(budget: int = 0, fraction: float = 0.0) -> CachePolicy:
+def keydiff(budget: int = 0, fraction: float = 0.0, bytes: str | int = "") -> CachePolicy:
     """Keys unlike the others stay, see ``memjax.evict.keydiff``."""
-    return CachePolicy(evictor=KeyDiff(budget, fraction))
+    return CachePolicy(evictor=KeyDiff(budget, fraction, bytes=byte_count(bytes)))
 
 
 def expected_attention(
-    budget: int = 0, fraction: float = 0.0, horizon: int = 512, epsilon: float = 0.0
+    budget: int = 0, fraction: float = 0.0, horizon: int = 512, epsilon: float = 0.0, bytes: str | int = ""
 ) -> CachePolicy:
     """Attention of queries still to come, see ``memjax.evict.expected_attention``."""
-    return CachePolicy(evictor=ExpectedAttention(budget, fraction, horizon, epsilon))
+    return CachePolicy(evictor=ExpectedAttention(budget, fraction, horizon, epsilon, bytes=byte_count(bytes)))
+
+
+def kvzip(budget: int = 0, fraction: float = 0.0, bytes: str | int = "") -> CachePolicy:
+    """What a repetition of the prompt looks at, see ``memjax.evict.kvzip``; a fraction of the prompt, here and below."""
+    return CachePolicy(evictor=KVzip(budget, fraction, bytes=byte_count(bytes)))
+
+
+def kvcompose(budget: int = 0, fraction: float = 0.0, bytes: str | int = "") -> CachePolicy:
+    """Composite tokens of all layers, see ``memjax.evict.kvcompose``."""
+    return CachePolicy(evictor=KVCompose(budget, fraction, bytes=byte_count(bytes)))
 
 
 def massfold() -> CachePolicy:

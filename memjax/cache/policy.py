@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from memjax.cache.layer import LayerCache, commit, init_layer
 from memjax.cache.layer import update as _update
 from memjax.cache.recurrent import RecurrentCache, init_recurrent
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec, check_integers
-from memjax.evict import AdaKV, Budgeted, Evictor, MassFold, Quest, Streaming
+from memjax.evict import AdaKV, Budgeted, Evictor, MassFold, Quest, Rereading, Streaming
 from memjax.offload import HostTier
 from memjax.quantize import Dense, FrontEnd, KeyValueCodec
 from memjax.quantize.calibration import check_fingerprint
@@ -54,6 +54,8 @@ class Policy(Protocol):
 
     def for_layer(self, index: int, layers: int) -> CachePolicy: ...
 
+    def replaced(self, change: Callable[[CachePolicy], CachePolicy]) -> Policy: ...
+
 
 @dataclass(frozen=True)
 class CachePolicy:
@@ -82,9 +84,9 @@ class CachePolicy:
     def __post_init__(self):
         if self.kernels not in (None, *KERNELS):
             raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
-        if isinstance(self.evictor, Budgeted):
+        if isinstance(self.evictor, Budgeted | Rereading):
             self._check_axes()
-        elif self.fold is not None and self.evictor is not None:
+        if self.fold is not None and self.evictor is not None:
             self.check_fold()
         if isinstance(self.evictor, Quest):
             self._check_pages()
@@ -127,7 +129,8 @@ class CachePolicy:
         """The windows in force."""
         windows, streaming = self.windows, isinstance(self.evictor, Streaming)
         if windows is None:
-            windows = Windows() if self.codec.lossy or isinstance(self.evictor, Budgeted | Quest) else Windows(0, 0)
+            lossy = self.codec.lossy or isinstance(self.evictor, Budgeted | Quest | Rereading)
+            windows = Windows() if lossy else Windows(0, 0)
             if streaming:
                 windows = dataclasses.replace(windows, sinks=self.evictor.sinks)
         if streaming:
@@ -162,6 +165,8 @@ class CachePolicy:
             raise ValueError(f"{self}: massfold changes values and leaves keys, but a latent stream has one vector for both")
         if isinstance(self.evictor, Budgeted):
             self._check_budget(spec)
+        if isinstance(self.evictor, Rereading) and self.evictor.budget:
+            self._check_choice(self.evictor.budget)
         if isinstance(self.evictor, Quest):
             self._check_chosen(spec)
         streaming = self.evictor if isinstance(self.evictor, Streaming) else None
@@ -173,7 +178,7 @@ class CachePolicy:
             )
 
     def _check_budget(self, spec: CacheSpec) -> None:
-        windows, tokens = self.resolved_windows(), self.evictor.tokens(spec.capacity)
+        tokens = self.evictor.tokens(spec.capacity)
         if isinstance(self.evictor, AdaKV) and (self.fold is not None or self.codec.two_streams):
             what = "massfold" if self.fold is not None else self.codec.name
             raise ValueError(f"{self}: heads that share their slots cannot be joined with {what}; use snapkv")
@@ -182,7 +187,12 @@ class CachePolicy:
                 f"{self}: heads that share their slots are told apart in the logits, without a softcap (this layer's is "
                 f"{spec.softcap}) and up to 127 of them (it has {spec.kv_heads}); use snapkv({self.evictor.budget})"
             )
-        if tokens < spec.capacity and tokens <= windows.sinks + windows.recent:
+        if tokens < spec.capacity:
+            self._check_choice(tokens)
+
+    def _check_choice(self, tokens: int) -> None:
+        windows = self.resolved_windows()
+        if tokens <= windows.sinks + windows.recent:
             raise ValueError(
                 f"{self}: a budget of {tokens} tokens leaves none to choose besides the {windows.sinks + windows.recent} that "
                 f"are protected; raise it, or protect fewer, for instance +protect({windows.sinks},{tokens // 4})"
@@ -233,6 +243,10 @@ class CachePolicy:
         self._check_own(cache)
         return attend(cache, q, positions)
 
+    def replaced(self, change: Callable[[CachePolicy], CachePolicy]) -> CachePolicy:
+        """What ``change`` makes of it."""
+        return change(self)
+
     def simulated(self) -> bool:
         """Whether this process's default device cannot honour the placement, so that bytes are kept but not moved."""
         return self.tier is not None and not has_host_memory(jax.devices()[0])
@@ -271,6 +285,10 @@ class LayerwisePolicy:
         """
         return _init(self, spec)
 
+    def replaced(self, change: Callable[[CachePolicy], CachePolicy]) -> LayerwisePolicy:
+        """With what ``change`` makes of each of its policies."""
+        return LayerwisePolicy(change(self.default), tuple((i, change(policy)) for i, policy in self.overrides))
+
     def simulated(self) -> bool:
         """Whether any of the policies is."""
         return any(policy.simulated() for policy in (self.default, *dict(self.overrides).values()))
@@ -294,7 +312,8 @@ def _part_string(part, front: FrontEnd | None) -> str:
             front = None
             continue
         said = field.metadata.get("unset") != value  # and not left to another argument
-        positional &= said and isinstance(value, int | float) and not isinstance(field.default, float | bool)
+        plain = isinstance(value, int | float) and not isinstance(field.default, float | bool)
+        positional &= said and plain and not field.kw_only
         if positional:
             leading.append(text)
         elif value != field.default:
@@ -322,9 +341,10 @@ def _init(policy: Policy, spec: LayerSpec | Sequence[LayerSpec], layer: int = 0)
 
 
 def layer_policies(policy: Policy, specs: Sequence[LayerSpec]) -> list[CachePolicy]:
-    """The policy of every layer, with the codec that ``auto`` finds for it."""
-    from memjax.cache.allocate import allocate  # it predicts bytes, and the ledger needs this module
+    """The policy of every layer, with the codec that ``auto`` finds for it, and budgets in tokens where they were in bytes."""
+    from memjax.cache.allocate import afford, allocate  # they predict bytes, and the ledger needs this module
 
+    policy = afford(policy, specs)
     return allocate([policy.for_layer(i, len(specs)) for i in range(len(specs))], specs)
 
 

@@ -24,6 +24,7 @@ from memjax.cache.policy import CachePolicy, ModelCache, Policy
 from memjax.evaluate.layerwise import read_layers
 from memjax.evaluate.passkey import Passkey
 from memjax.generate.loop import LoopState, decode_block
+from memjax.generate.reread import rereading
 from memjax.generate.sampling import Sampler
 from memjax.models.decoder import Decoder
 from memjax.models.load import LanguageModel
@@ -187,6 +188,11 @@ class Reader:
             raise ValueError(
                 f"{job.policy} forgets tokens, by eviction or in layers with a sliding window: compressed before it is read, "
                 "a chunk would push out what its first tokens see. Use the accumulated setting or chunks of one token"
+            )
+        if (method := rereading(cache)) is not None:
+            raise ValueError(
+                f"{job.policy} compresses once, when {method.name} has read the whole text again, so that reading it loses "
+                "nothing: measure it with memjax eval --suite evict"
             )
         if (job, dtype) not in self._steps:
             self._steps[job, dtype] = self._compile(job, cache)

@@ -37,6 +37,7 @@ from memjax.evaluate.generated import UNCOMPRESSED
 from memjax.evaluate.layerwise import read_layers
 from memjax.evaluate.passkey import Multikey, Passkey
 from memjax.evaluate.suite import Result, Text, circumstances
+from memjax.generate.reread import compress, rereading
 from memjax.models.load import LanguageModel
 
 NOVEL = Text("novel", "moby_dick_excerpt.txt")
@@ -52,6 +53,8 @@ METHODS = (
     "expected_attention({budget})",
     "knorm({budget})",
     "keydiff({budget})",
+    "kvzip({budget})",
+    "kvcompose({budget})",
 )
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
 SINKS = 4  # what {window} leaves of the budget to streaming's sinks
@@ -271,11 +274,13 @@ class _Reader:
         """Reads, compresses and asks."""
         model, batch = self.model, self.batch
         cache = model.init_cache(policy, len(batch.reads), batch.capacity, dtype)
-        held = nbytes(cache).device // len(batch.reads)
         begin = time.perf_counter()
         for tokens, lengths in pieces(batch.reads, self.chunk):
             hidden, cache = read_layers(model.decoder, cache, tokens, lengths)
-        hidden.block_until_ready()
+        if rereading(cache) is not None:
+            cache = compress(model, cache, batch.reads, room=max(map(len, batch.asks)))
+        jax.block_until_ready((hidden, cache))
+        held = nbytes(cache).device // len(batch.reads)
         rate = sum(map(len, batch.reads)) / (time.perf_counter() - begin)
         continued, answers = [], []
         for i, (tokens, lengths) in enumerate(pieces(batch.asks, self.chunk)):

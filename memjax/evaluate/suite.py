@@ -47,6 +47,9 @@ KV_POLICIES = (
     "kvarn(4,2)",
     "zipcache(4,2)",
     "gear(kivi(2),4)",
+    "fp8",
+    "nf4",
+    "nvfp4",
 )
 Result = dict[str, object]
 Progress = Callable[[str], None]

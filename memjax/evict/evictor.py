@@ -48,40 +48,58 @@ class Evictor:
 
 
 @dataclass(frozen=True)
-class Budgeted(Evictor):
-    """Keeps ``budget`` tokens per kv head, the protected first and newest ones among them, and of the others the best.
-
-    A token becomes a candidate when it leaves the protected tail; what has gone never comes back. While a prompt is read,
-    eviction follows every chunk, so memory is bounded by the budget and one chunk; a new token of a decode step takes the
-    place of the worst. Positions stay as they are in the text.
+class Limited(Evictor):
+    """Keeps some of the tokens: ``budget`` of them per kv head, the protected first and newest ones among them.
 
     Args:
-      budget: tokens per kv head.
-      fraction: instead of a budget, the part of the capacity that stays, in (0, 1].
+      budget: tokens per kv head; of methods whose layers differ, on average.
+      fraction: instead of a budget, the part of the tokens that stays, in (0, 1].
+      bytes: instead of a budget, what a model's whole cache may take on the device: the largest budget within it is taken
+        when the specs of all layers are known (``memjax.cache.allocate``).
 
     Raises:
-      ValueError: neither or both of them, or out of range.
+      ValueError: none or several of them, or out of range.
     """
-
-    scored: ClassVar[bool] = True  # whether a score is kept per slot
-    studies_queries: ClassVar[bool] = False  # whether moments of the queries are kept, see ``memjax.evict.expected_attention``
 
     budget: int = dataclasses.field(default=0, metadata={"unset": 0})
     fraction: float = 0.0
+    bytes: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self):
-        check_integers(self.name, 0, budget=self.budget)
-        if (self.budget > 0) == (self.fraction != 0.0):
+        check_integers(self.name, 0, budget=self.budget, bytes=self.bytes)
+        if (self.budget > 0) + (self.fraction != 0.0) + (self.bytes > 0) != 1:
             raise ValueError(
-                f"{self.name} needs a budget in tokens or a fraction of the capacity, one of them, got budget={self.budget} "
-                f"and fraction={self.fraction}"
+                f"{self.name} needs a budget in tokens, a fraction of the tokens or a number of bytes, one of them, got "
+                f"budget={self.budget}, fraction={self.fraction}, bytes={self.bytes}"
             )
         if not 0.0 <= self.fraction <= 1.0:
             raise ValueError(f"{self.name} keeps a fraction in (0, 1] of the tokens, got {self.fraction}")
 
-    def tokens(self, capacity: int) -> int:
-        """Tokens that stay of a text that fills a cache of ``capacity``."""
-        return min(self.budget or math.ceil(self.fraction * capacity), capacity)
+    def tokens(self, length: int) -> int:
+        """Tokens that stay of a text of ``length``."""
+        if self.bytes:
+            raise ValueError(
+                f"{self.name}(bytes={self.bytes}) is a limit for a model's whole cache: it needs the specs of all layers "
+                "(policy.init([spec, ...]))"
+            )
+        return min(self.budget or math.ceil(self.fraction * length), length)
+
+    def with_budget(self, budget: int) -> Self:
+        """The same with so many tokens."""
+        return dataclasses.replace(self, budget=budget, fraction=0.0, bytes=0)
+
+
+@dataclass(frozen=True)
+class Budgeted(Limited):
+    """Keeps the protected tokens, and of the others the best; ``fraction`` is one of the cache's capacity.
+
+    A token becomes a candidate when it leaves the protected tail; what has gone never comes back. While a prompt is read,
+    eviction follows every chunk, so memory is bounded by the budget and one chunk; a new token of a decode step takes the
+    place of the worst. Positions stay as they are in the text.
+    """
+
+    scored: ClassVar[bool] = True  # whether a score is kept per slot
+    studies_queries: ClassVar[bool] = False  # whether moments of the queries are kept, see ``memjax.evict.expected_attention``
 
     @property
     def observer(self) -> Observer | None:

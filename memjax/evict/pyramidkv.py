@@ -35,10 +35,10 @@ class PyramidKV(SnapKV):
         super().__post_init__()
         check_integers(self.name, 1, beta=self.beta)
         if self.fraction:
-            raise ValueError(f"{self.name} shares out a budget in tokens, got fraction={self.fraction}")
+            raise ValueError(f"{self.name} shares out a budget in tokens or bytes, got fraction={self.fraction}")
 
     def for_layer(self, index: int, layers: int, protected: int) -> Self:
-        if layers == 1:
+        if layers == 1 or self.bytes:
             return self
         mean = self.budget - protected
         last = mean / self.beta

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from memjax.cache.ledger import Bytes, nbytes
 from memjax.cache.parse import policy as parse_policy
 from memjax.cache.policy import ModelCache, Policy
+from memjax.generate.reread import compress, rereading
 from memjax.generate.sampling import FAILED, Sampler, mark_seen, sample
 from memjax.generate.steps import decode_step, prefill
 from memjax.generate.stopping import StopStrings
@@ -197,8 +198,10 @@ def stream(
     stop_ids = frozenset(model.eos_ids)
     rows = [_Row(model, tuple(stop), stop_ids) for _ in ids]
     cache = model.init_cache(policy, len(ids), capacity, cache_dtype)
-    ledger = nbytes(cache)
     logits, cache = _prefill_all(model, cache, ids, chunk, on_progress)
+    if rereading(cache) is not None:
+        cache = compress(model, cache, ids, room=capacity - max(map(len, ids)))
+    ledger = nbytes(cache)
     state = _initial_state(model, cache, logits, ids, max_new_tokens, sampler, seed)
     done = 0
     while done < max_new_tokens and any(row.reason is None for row in rows):

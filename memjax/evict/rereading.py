@@ -1,0 +1,82 @@
+"""Evictors that look at a prompt twice: it is kept whole while it is read, read again, and compressed once.
+
+    score[j] = over the query heads of a group (max over the queries of the second reading of softmax(q . k)[j])
+
+Such a policy makes a cache that holds every token; ``memjax.generate.reread.compress`` then takes away what the second
+reading did not need, outside ``jit``, for how many tokens each layer keeps may depend on the text. ``mj.generate`` does it by
+itself between prompt and answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from memjax.evict.evictor import Limited
+
+
+@dataclass(frozen=True)
+class Rereading(Limited):
+    """``budget`` tokens per kv head stay, on average over layers; ``fraction`` is one of the longest prompt."""
+
+    name: ClassVar[str] = "rereading"
+    instruction: ClassVar[str] = ""  # said before each chunk of the second reading
+    preceding: ClassVar[int] = 0  # tokens before a chunk that are read again with it
+
+    def sees(
+        self, pos: Int[Array, "B 1|K S"], begin: Int[Array, "B"], end: Int[Array, "B"], again: Int[Array, "B"]
+    ) -> Bool[Array, "B 1|K S"]:
+        """Positions that the softmax runs over, for queries that reread ``begin <= p < end`` from position ``again`` on."""
+        del begin, end, again
+        return jnp.ones(pos.shape, bool)
+
+    def scores(self, attention: Float[Array, "B K G S"], pos: Int[Array, "S"]) -> Float[Array, "B K S"]:
+        """What is compared, from the most attention that each query head has given to the tokens at ``pos``."""
+        raise NotImplementedError
+
+    def counts(self, scores: Sequence[Float[Array, "B K S"]], written: int, budget: int) -> list[int]:
+        """Tokens that each layer keeps, where ``budget`` is the mean and ``written`` what the longest row has."""
+        return [min(budget, written)] * len(scores)
+
+
+def attention(
+    method: Rereading,
+    logits: Float[Array, "B K M S"],
+    pos: Int[Array, "B 1|K S"],
+    others: tuple[Float[Array, "B K M R"], Int[Array, "B 1|K R"]],
+    begin: Int[Array, "B"],
+    end: Int[Array, "B"],
+    again: Int[Array, "B"],
+) -> Float[Array, "B K M S"]:
+    """Attention of the rows to each slot.
+
+    Args:
+      logits, pos: of the slots that are scored, masked, and their positions.
+      others: of slots that are not scored.
+      begin, end, again: see ``Rereading.sees``.
+    """
+
+    def seen(logits: Array, pos: Array) -> Array:
+        chosen = method.sees(pos, *(x[:, None, None] for x in (begin, end, again)))
+        return jnp.where(chosen[:, :, None], logits, -jnp.inf)
+
+    mine, theirs = seen(logits, pos), seen(*others)
+    lse = jnp.logaddexp(jax.nn.logsumexp(mine, axis=-1), jax.nn.logsumexp(theirs, axis=-1))
+    return jnp.exp(mine - jnp.where(lse > -1e29, lse, jnp.inf)[..., None])  # a row of nothing: masked, all of it
+
+
+def composite_counts(composite: Float[np.ndarray, "L S"], total: int) -> list[int]:
+    """How many of the ``total`` best entries each row has, each row being sorted; none goes empty.
+
+    >>> composite_counts(np.array([[9.0, 4.0, 1.0], [5.0, 2.0, 0.0]]), 4)
+    [2, 2]
+    """
+    order = np.argsort(-composite, axis=None, kind="stable")[:total]
+    counts = np.bincount(order // composite.shape[1], minlength=composite.shape[0])
+    return np.maximum(counts, 1).tolist()
