@@ -28,6 +28,7 @@ from memjax.pallas_kernels.slots import positions as as_array
 from memjax.quantize.codec import CodePair
 from memjax.quantize.front import centre_term, prepare_queries, restore_outputs
 
+LOOKED_AT = 64  # queries whose logits over the whole cache exist at once, for scores
 DECODE_TOKENS = 8  # with more new tokens than these, kernels work on blocks of query rows
 
 
@@ -91,16 +92,28 @@ def _observed(reader: Reader, q: Array, out: Array, lse: Array) -> LayerCache:
     """The cache with the scores that the attention of its observer's queries gives to tokens."""
     cache, observer, tokens = reader.cache, reader.cache.layout.observer, q.shape[1]
     index = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (q.shape[0], tokens))
-    if not reader.logits:  # a second look, by the last real tokens of each row
-        rows = min(observer.queries or tokens, tokens)
-        index = cache.staged_count[:, None] - rows + jnp.arange(rows, dtype=jnp.int32)
+    if reader.logits:
+        decay, weights = observer.weights(index, cache.staged_count)
+        return reader.scored(decay, reader.seen(out, lse, weights))
+
+    rows = min(observer.queries or tokens, tokens)  # a second look, by the last real tokens of each row
+
+    def look(start: int | Array, count: int) -> tuple[Array, dict[str, Array]]:
+        index = cache.staged_count[:, None] - rows + start + jnp.arange(count, dtype=jnp.int32)
         kept = jnp.maximum(index, 0)
         at = jnp.where(index >= 0, jnp.take_along_axis(reader.positions, kept, axis=1), FREE)
-        out, lse = (_of_tokens(x, kept, reader.groups) for x in (out, lse))
-        reader = Reader(cache, jnp.take_along_axis(q, kept[:, :, None, None], axis=1), at, False)
-        reader.observe("xla")
-    decay, weights = observer.weights(index, cache.staged_count)
-    return reader.scored(out, lse, decay, jnp.tile(weights, (1, reader.groups)) / reader.groups)
+        again = Reader(cache, jnp.take_along_axis(q, kept[:, :, None, None], axis=1), at, False)
+        again.observe("xla")
+        decay, weights = observer.weights(index, cache.staged_count)
+        return decay, again.seen(*(_of_tokens(x, kept, reader.groups) for x in (out, lse)), weights)
+
+    def step(found: dict[str, Array], i: Array) -> tuple[dict[str, Array], None]:
+        return jax.tree.map(jnp.add, found, look(i * LOOKED_AT, LOOKED_AT)[1]), None
+
+    whole, rest = divmod(rows, LOOKED_AT)
+    decay, found = look(whole * LOOKED_AT, rest) if rest else look(0, LOOKED_AT)
+    found, _ = jax.lax.scan(step, found, jnp.arange(0 if rest else 1, whole))
+    return reader.scored(decay, found)
 
 
 def _of_tokens(x: Array, index: Int[Array, "B n"], groups: int) -> Array:
@@ -210,9 +223,10 @@ class Reader:
         if self.cache.history is not None and (observer is None or observer.history):
             self.history_parts([])
 
-    def scored(self, out: Array, lse: Array, decay: Array, weights: Array) -> LayerCache:
-        """The cache with decayed scores plus what the observer sees by the queries' weighted rows."""
+    def seen(self, out: Array, lse: Array, weights: Array) -> dict[str, Array]:
+        """What the observer sees in the slots of each segment, by the queries' weighted rows."""
         cache, observer, found = self.cache, self.cache.layout.observer, {}
+        weights = jnp.tile(weights, (1, self.groups)) / self.groups
         at = 0 if self.sinks_stand_apart else cache.layout.sinks
         for name in ("tail", "staged"):
             segment = getattr(cache, name)
@@ -224,11 +238,15 @@ class Reader:
             if cache.layout.shared:
                 lse, weights = lse.reshape(lse.shape[0], 1, -1), jnp.tile(weights, (1, lse.shape[1]))
             found["history"] = observer.score(Look(self.logits["history"], lse, weights, out, self._history_values))
+        return found
 
-        def add(segment: Segment, seen: Array) -> Segment:
-            return dataclasses.replace(segment, score=decay[:, None, None] * segment.score + seen)
+    def scored(self, decay: Array, seen: dict[str, Array]) -> LayerCache:
+        """The cache with decayed scores plus what the observer has seen."""
 
-        return dataclasses.replace(cache, **{name: add(getattr(cache, name), seen) for name, seen in found.items()})
+        def add(segment: Segment, new: Array) -> Segment:
+            return dataclasses.replace(segment, score=decay[:, None, None] * segment.score + new)
+
+        return dataclasses.replace(self.cache, **{name: add(getattr(self.cache, name), new) for name, new in seen.items()})
 
     def _values(self, segment: Segment) -> Float[Array, "B K Hv S"]:
         """Dense values; those of a latent stream are its keys."""

@@ -1,7 +1,8 @@
 """Attention over slots in plain XLA, reading the codes block by block.
 
-The scores of at most ``block`` slots exist at a time: longer caches are scanned and the blocks are merged by their
-log-sum-exp (FlashAttention, arXiv 2205.14135). Scales per slot multiply scores and probabilities, never decoded vectors.
+The scores of at most ``block`` slots exist at a time, of fewer where there are many rows: longer caches are scanned and the
+blocks are merged by their log-sum-exp (FlashAttention, arXiv 2205.14135). Scales per slot multiply scores and probabilities,
+never decoded vectors.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from memjax.pallas_kernels.decode.reference import Centre, centre_scores, gather
 from memjax.pallas_kernels.merge import merge, probability_mass
 from memjax.pallas_kernels.slots import Positions, positions, visible
 
-BLOCK = 2048  # slots whose scores exist at once
+BLOCK = 2048  # slots whose scores exist at once, at most
+SCORES = 1 << 22  # scores that exist at once, if that leaves LEAST slots
+LEAST = 128
 
 
 def decode_xla(
@@ -35,12 +38,12 @@ def decode_xla(
     centre: Centre | None = None,
     table: Int[Array, "B n"] | None = None,
     page: int | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
     mass: bool = False,
     logits: bool = False,
     **options,
 ) -> tuple[Float[Array, "B K M Hv"], Float[Array, "B K M"], Float[Array, "B K S"] | Float[Array, "B K M S"] | None]:
-    """Same meaning and arguments as ``decode_reference``, in memory bounded by ``block`` slots.
+    """Same meaning and arguments as ``decode_reference``, in memory bounded by ``block`` slots; None: as many as fit.
 
     The third result is None, with ``mass`` the probability mass, with ``logits`` the masked logits.
     """
@@ -54,6 +57,7 @@ def decode_xla(
     # A block holds whole pages, whole tiles of scales.
     runs = [slots // leaf.shape[-1] for leaf in jax.tree.leaves((k, v, k_extra))]
     run = k.slots // parts if table is not None else math.lcm(*runs)
+    block = _even_block(math.prod(q.shape[:3]), slots) if block is None else block
     block = max(run, block // run * run)
     k_pos = positions(k_pos, slots)
 
@@ -88,6 +92,13 @@ def decode_xla(
         carry = merge([carry, (out, lse)])
         pieces.append(last)
     return result(*carry, jnp.concatenate(pieces, axis=-1) if keep else None)
+
+
+def _even_block(rows: int, slots: int) -> int:
+    """Slots per block, so that the last one is not much shorter than the others."""
+    most = max(min(BLOCK, SCORES // rows), LEAST)
+    even = -(-slots // -(-slots // most))
+    return -(-even // LEAST) * LEAST
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
