@@ -16,7 +16,8 @@ from rich.console import Console
 
 import memjax as mj
 from memjax.evaluate.compare import Row, Setup, compare
-from memjax.evaluate.report import markdown, save_json
+from memjax.evaluate.markdown import markdown
+from memjax.evaluate.report import save_json
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 1024

@@ -217,15 +217,17 @@ def evaluate(
     fraction: Annotated[list[float] | None, typer.Option(help="evict: kept part of the tokens. May be repeated.")] = None,
     depth: Annotated[list[float] | None, typer.Option(help="evict: where a key is hidden, 0 to 1. May be repeated.")] = None,
     continuation: Annotated[int | None, typer.Option(help="evict: tokens behind the text, measured; default: 256.")] = None,
-    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="evict: write the table here.")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here, for reading.")] = None,
 ) -> None:
     """Run a suite: quality with intervals beside realised bytes, pass keys, and samples, for each policy."""
+    from memjax.evaluate.markdown import evaluation_markdown
     from memjax.evaluate.report import evaluation_tables, pareto_plot, save_json
     from memjax.evaluate.suite import Evaluation
     from memjax.evaluate.suite import evaluate as run
 
     _check_targets(json_file, plot_file)
-    only = {"--fraction": fraction, "--depth": depth, "--continuation": continuation, "--markdown": markdown_file}
+    _check_targets(markdown_file, None)
+    only = {"--fraction": fraction, "--depth": depth, "--continuation": continuation}
     if suite == "evict":
         if setting != "both" or sample:
             raise ValueError("the suite evict has no --setting and no --sample: it reads as in use and asks for keys")
@@ -252,6 +254,8 @@ def evaluate(
         save_json(result, json_file)
     if plot_file is not None:
         pareto_plot(result, plot_file)
+    if markdown_file is not None:
+        markdown_file.write_text(evaluation_markdown(result), encoding="utf-8")
 
 
 def _evaluate_eviction(
@@ -261,7 +265,6 @@ def _evaluate_eviction(
     from memjax.evaluate.eviction_report import eviction_markdown, eviction_plot, eviction_table
     from memjax.evaluate.report import save_json
 
-    _check_targets(markdown_file, None)
     wanted = EvictionEvaluation(**options)
     lm = _load(model)
     with _bars() as progress:

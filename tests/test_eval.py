@@ -15,6 +15,7 @@ from memjax.evaluate import generated, report
 from memjax.evaluate.bootstrap import block_length, mean_interval, paired_difference
 from memjax.evaluate.compare import Job, Reader, Setup, compare
 from memjax.evaluate.generated import Cache, first_difference, generate_samples, retrieve
+from memjax.evaluate.markdown import evaluation_markdown
 from memjax.evaluate.passkey import Passkey
 from memjax.evaluate.report import evaluation_tables, pareto_front, pareto_plot, save_json
 from memjax.evaluate.suite import SUITES, Evaluation, compare_settings, evaluate, neighbours, spearman, static_policy
@@ -266,7 +267,8 @@ def test_samples_part_where_they_part(model):
 
 def test_reports_show_every_policy(result, tmp_path):
     answers = {"depths": [0.1], "answers": ["74210"], "found": [False], "fraction": 0.0, "tokens": 100}
-    sample = {"text": "novel", "name": "int8", "new_tokens": 9, "first_difference": 7}
+    sample = {"text": "novel", "name": "int8", "new_tokens": 9, "first_difference": 7, "prompt_tokens": 5}
+    sample |= {"uncompressed": "as it was", "generated": "as it is"}
     full = result | {"retrieval": [{"name": "int8", **answers}], "samples": [sample]}
     console = Console(width=200, record=True, file=io.StringIO())
     for table in evaluation_tables(full):
@@ -274,6 +276,11 @@ def test_reports_show_every_policy(result, tmp_path):
     shown = console.export_text()
     for words in ("int8+protect(4,0)", "int4+protect(4,16)", "95 % interval", "no (74210)", "First of 9", "Spearman"):
         assert words in shown
+    page = evaluation_markdown(full)
+    for words in ("| `int8` | - | 8.25 | 8.125 |", "| pass keys |", "| `int8` | '74210' |", "as it is", "same up to token 7"):
+        assert words in page
+    assert page.count("| `int4+protect(4,16)` |") == 1
+    assert "pass keys" not in evaluation_markdown(result)
     pareto_plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     lossless = [row | {"kld_mean": 0.0, "kld_low": -1e-9, "kld_high": 1e-9} for row in result["rows"]]

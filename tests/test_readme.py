@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from memjax import cli
-from memjax.evaluate.report import codec_markdown, markdown
+from memjax.evaluate.markdown import codec_markdown, evaluation_markdown, markdown
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,7 +62,8 @@ def test_the_table_is_the_committed_result():
 
 def test_the_table_of_codecs_is_the_committed_result():
     result = json.loads((ROOT / "benchmarks" / "results" / "kv_eval.json").read_text())
-    assert codec_markdown(result, "static") in README
+    assert codec_markdown(result, intervals=False) in README
+    assert evaluation_markdown(result) == (ROOT / "benchmarks" / "results" / "kv_eval.md").read_text()
 
 
 def test_named_files_exist():

@@ -25,7 +25,7 @@ from cache_helpers import (
 )
 
 import memjax as mj
-from memjax.evaluate.report import realised_bits
+from memjax.evaluate.markdown import realised_bits
 from memjax.quantize import ZipCache
 from memjax.quantize.kivi import KiviKeys
 from memjax.quantize.zipcache import ChannelSeparable

@@ -11,9 +11,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from memjax.cache.parse import policy as parse
 from memjax.evaluate.compare import Row
-from memjax.quantize import Auto, KeyValueCodec
 
 SMALLEST_KLD = 1e-7  # what float32 can tell from zero; lower values are drawn here
 COLOURS = ("#1f5fa8", "#c8682b", "#2c8a4a", "#b0303a", "#7a4fa3", "#7d5a45", "#c2519b", "#5c5c5c", "#7f7f12", "#138a99")
@@ -41,14 +39,14 @@ def table(rows: Sequence[Row]) -> Table:
             str(row["policy"]),
             f"{row['bytes_device'] / 1024:,.0f}",
             f"{row['bytes_host'] / 1024:,.0f}" + ("*" if row["simulated"] else ""),
-            _show(row["bits_per_value"], ".2f"),
+            show(row["bits_per_value"], ".2f"),
             f"{row['compression']:.2f}",
             f"{row['kld_mean']:.2g}",
             f"{row['kld_p95']:.2g}",
             f"{row['top1']:.3f}",
             f"{row['ppl']:.2f}",
-            _show(row["prefill_tokens_per_s"], ".0f"),
-            _show(row["decode_tokens_per_s"], ".1f"),
+            show(row["prefill_tokens_per_s"], ".0f"),
+            show(row["decode_tokens_per_s"], ".1f"),
         ]
         if retrieval:
             cells.append(f"{'yes' if row['passkey_found'] else 'no'} ({row['passkey_answer']})")
@@ -71,7 +69,7 @@ def _caption(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
-def _show(value: float | None, form: str) -> str:
+def show(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
@@ -303,7 +301,7 @@ def _quality(result: Mapping) -> Table:
         shown.add_row(
             *(("", "") if place == before else place),
             row["policy"] + ("*" if row["simulated"] else ""),
-            _show(row["bits_per_value"], ".2f"),
+            show(row["bits_per_value"], ".2f"),
             f"{row['compression']:.2f}",
             f"{row['kld_mean']:.2g}",
             f"{row['kld_low']:.2g} .. {row['kld_high']:.2g}",
@@ -361,51 +359,3 @@ def _samples(rows: Sequence[Row]) -> Table:
         own = {row["text"]: row["first_difference"] for row in rows if row["name"] == name}
         shown.add_row(name, *("none" if own[text] is None else str(own[text]) for text in texts))
     return shown
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The main columns as a Markdown table."""
-    header = "| policy | cache bytes | bits/value | x smaller | KL divergence | top-1 | perplexity | pass key |"
-    lines = [header, "|---|--:|--:|--:|--:|--:|--:|---|"]
-    for row in rows:
-        total = row["bytes_device"] + row["bytes_host"] + row["bytes_disk"]
-        found = {True: "found", False: "lost", None: "-"}[row.get("passkey_found")]
-        lines.append(
-            f"| `{row['policy']}` | {total:,} | {_show(row['bits_per_value'], '.2f')} | {row['compression']:.2f} | "
-            f"{row['kld_mean']:.2g} | {row['top1']:.3f} | {row['ppl']:.2f} | {found} |"
-        )
-    return "\n".join(lines)
-
-
-def codec_markdown(result: Mapping, setting: str) -> str:
-    """Codecs of an evaluation as a Markdown table: bits claimed and realised, and quality on each text."""
-    rows = [row for row in result["rows"] if row["setting"] == setting]
-    texts = list(dict.fromkeys(row["text"] for row in rows))
-    header = "| codec | bits by its paper | realised at head_dim 64 | at 128 | "
-    lines = [header + " | ".join(f"KL divergence, {text} | top-1" for text in texts) + " |"]
-    lines.append("|---|--:|--:|--:|" + "--:|--:|" * len(texts))
-    for name in dict.fromkeys(row["name"] for row in rows):
-        codec = parse(name).codec
-        bits = [codec.claimed_bits, *(realised_bits(codec, dim) for dim in (64, 128))]
-        cells = [f"`{name}`", *(_show(each, ".4g") for each in bits)]
-        for text in texts:
-            (row,) = (row for row in rows if (row["name"], row["text"]) == (name, text))
-            cells += [f"{row['kld_mean']:.2g} ({row['kld_low']:.2g} to {row['kld_high']:.2g})", f"{row['top1']:.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def realised_bits(codec: KeyValueCodec, dim: int) -> float | None:
-    """Bits per value in the buffers, keys and values alike; None for a codec that differs from layer to layer."""
-    if isinstance(codec, Auto):
-        return None
-
-    def mean(one: KeyValueCodec) -> float:
-        return sum(stream.bits_per_value(dim) for stream in (one.keys, one.values)) / 2
-
-    if codec.rest is None:
-        return mean(codec)
-    share = codec.salient / codec.tile
-    positions = 32 / (2 * dim)  # of slots that both streams share
-    return share * mean(codec) + (1 - share) * mean(codec.rest) + positions
-
