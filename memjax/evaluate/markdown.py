@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from memjax.cache.parse import policy as parse
 from memjax.evaluate.compare import Row
+from memjax.evaluate.generated import UNCOMPRESSED
 from memjax.evaluate.report import show
 from memjax.quantize import Auto, KeyValueCodec
 
@@ -92,6 +93,19 @@ def codec_markdown(result: Mapping, intervals: bool = True) -> str:
             span = f" ({row['kld_low']:.2g} to {row['kld_high']:.2g})" if intervals else ""
             cells.append(f"{row['kld_mean']:.2g}{span}")
         lines.append("| " + " | ".join(cells + ([found.get(name, "-")] if found else [])) + " |")
+    return "\n".join(lines)
+
+
+def eviction_summary(result: Mapping) -> str:
+    """Methods of an evaluation of evictors as a Markdown table: bytes and KL divergence at each kept part."""
+    rows = [row for row in result["rows"] if row["name"] != UNCOMPRESSED]
+    fractions = sorted({row["fraction"] for row in rows}, reverse=True)
+    header = [f"x smaller | KL divergence, {fraction:g} kept" for fraction in fractions]
+    lines = [f"| evictor | {' | '.join(header)} |", "|---" + "|--:|--:" * len(fractions) + "|"]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = {row["fraction"]: row for row in rows if row["name"] == name}
+        cells = [f"{own[each]['compression']:.1f} | {own[each]['kld_mean']:.2g}" for each in fractions]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
