@@ -27,7 +27,7 @@ from jax.sharding import Mesh, PartitionSpec
 import memjax as mj
 from memjax.cache.layer import commit, commit_all
 from memjax.quantize import Gear, Int2, Int4, Kivi, TurboQuant
-from memjax.quantize.gear import LowRank
+from memjax.quantize.gear import Corrected
 
 TOKENS = 96
 
@@ -63,10 +63,10 @@ def test_what_is_left_is_the_tail_of_the_singular_values(base, rank):
     """On the tokens that were measured; those that are not real may hold anything."""
     x, real = vectors()
     only = np.where(real[:, :, None], x, np.float32(np.nan))
-    directions = np.asarray(fit(LowRank(base, rank), only, real), np.float64)
+    directions = np.asarray(fit(Corrected(base, rank), only, real), np.float64)
     gram = np.einsum("bkhr,bkhs->bkrs", directions, directions)
     np.testing.assert_allclose(gram, np.broadcast_to(np.eye(rank), gram.shape), atol=1e-5)
-    plain, found = (np.float64(each) for each in corrected(LowRank(base, rank), directions, x, "float32"))
+    plain, found = (np.float64(each) for each in corrected(Corrected(base, rank), directions, x, "float32"))
     for row, count in enumerate(real.sum(-1)[:, 0]):
         for head in range(2):
             seen = np.s_[row, head, :, :count]
@@ -79,7 +79,7 @@ def test_what_is_left_is_the_tail_of_the_singular_values(base, rank):
 def test_no_token_has_more_error_than_before(dtype):
     """Tokens that were not measured neither, whose errors have other directions."""
     (x, real), (other, _) = vectors(0), vectors(1)
-    codec = LowRank(Int2(), 4)
+    codec = Corrected(Int2(), 4)
     plain, found = (np.asarray(each) for each in corrected(codec, fit(codec, x, real), other, dtype))
     before, after = (np.linalg.norm(other - each, axis=2) for each in (plain, found))
     assert (after <= before * (1 + 1e-5)).all()
@@ -87,7 +87,7 @@ def test_no_token_has_more_error_than_before(dtype):
 
 
 def test_an_exact_base_leaves_nothing_to_correct():
-    codec, x = LowRank(Int4(), 2), np.full((1, 1, DIM, 5), 0.0, np.float32)
+    codec, x = Corrected(Int4(), 2), np.full((1, 1, DIM, 5), 0.0, np.float32)
     directions = fit(codec, x, np.ones((1, 1, 5), bool))
     assert np.isfinite(directions).all()
     np.testing.assert_array_equal(corrected(codec, directions, x, "float32")[1], x)
