@@ -68,7 +68,7 @@ CODINGS = {
     "int2, gain by 128 slots": Coding("int2", zero=True, gain=(1, 128)),  # KVarN's values
     "int4 by 128 slots, gain by slot": Coding("int4", tile=(1, 128), zero=True, gain="slot"),
     "int4, gain by 128 slots": Coding("int4", zero=True, gain=(1, 128)),
-    "sparse": Coding("sparse", entries=3),
+    "sparse": Coding("sparse", entries=2),  # 8 rows: of others XLA makes a copy
 }
 
 
@@ -225,6 +225,17 @@ def _copied(case: Case, cache, vectors: int) -> tuple[int | None, None, int]:
     return stored * max(LANES // case.page, 1), None, 1
 
 
+def _add_second_stream(arrays: dict) -> None:
+    """Where values are sparse, keys have such a stream too, beside their own."""
+    import jax
+    import jax.numpy as jnp
+
+    values = arrays["v"]
+    if values is not None and values.fmt == "sparse":
+        arrays["k_extra"] = values
+        arrays["q_extra"] = jax.ShapeDtypeStruct((*arrays["q"].shape[:3], values.dim), jnp.bfloat16)
+
+
 def _add_centre(case: Case, arrays: dict) -> None:
     """The weights of a centring term for the rows of ``arrays["q"]``, if the case has one."""
     import jax
@@ -264,9 +275,7 @@ def _decode(case: Case) -> Program:
     }
     if case.bias:
         arrays["bias"] = jax.ShapeDtypeStruct((case.batch, heads, case.slots), jnp.float32)
-    if values is not None and values.fmt == "sparse":  # keys have such a second stream too
-        arrays["k_extra"] = values
-        arrays["q_extra"] = jax.ShapeDtypeStruct((case.batch, heads, rows, values.dim), jnp.bfloat16)
+    _add_second_stream(arrays)
     _add_centre(case, arrays)
 
     def function(arrays):
@@ -322,6 +331,7 @@ def _prefill(case: Case) -> Program:
         "q_start": jax.ShapeDtypeStruct((case.batch,), jnp.int32),
         **_cache(case),
     }
+    _add_second_stream(arrays)
     _add_centre(case, arrays)
 
     def function(arrays):
@@ -445,6 +455,7 @@ def other_cases() -> list[Case]:
     chunk = {"op": "prefill", "batch": 2, "tokens": 1024}
     found += [Case(keys=keys, values=keys, **chunk) for keys in ("bf16", "int8", "int4", "int3")]
     found += [Case(keys="int2 by 128 slots, gain by slot", values="int2, gain by 128 slots", **chunk)]
+    found += [Case(keys="int4", values="sparse", **chunk | {"tokens": 256})]
     found += [Case(keys="int4", values="int4", page=page, **chunk) for page in (64, 256)]
     found += [Case(keys="int4", values="int4", centre=True, array=array, **chunk) for array in (False, True)]
     found += [Case(model=model, keys="bf16", values="bf16", **chunk) for model in ("smollm2-135m", "gemma-3-4b")]
