@@ -1,30 +1,48 @@
-"""GEAR (arXiv 2403.05527): a low-rank correction of what any codec loses.
+"""GEAR (arXiv 2403.05527): what any codec loses, corrected in two ways: outliers kept apart, and a low-rank part.
 
-    x ~ C(x) + P a,   a = P' (x - C(x))         C: what the base codec makes of x; P [H, r], orthonormal columns
+    x ~ C(x - s) + s + P a,   a = P' (x - C(x - s) - s)      C: what the base codec makes of x; s: n numbers, else 0
+    q . x ~ q . C(x - s) + q . s + (P' q) . a                P [H, r], orthonormal columns; sum_t p_t x_t likewise
 
-    q . x ~ q . C(x) + (P' q) . a,              sum_t p_t x_t ~ sum_t p_t C(x_t) + P sum_t p_t a_t
+so that attention reads two streams and nothing is ever put together: the base's codes; and n values, their n places and r
+numbers per token, which stand for H + r channels (the format sparse of ``pallas_kernels.codes``; dense without outliers). Its
+queries are [q | P' q], and of its outputs the last r are multiplied with P once. Whatever reads the base's codes reads both.
+The values' second stream is a second reading of the keys. Rank 1 alone is too narrow for the TPU kernels and left to XLA.
 
-so that attention reads two streams and nothing is ever put together: the base's codes, and r dense numbers per token whose
-queries are P' q and whose outputs are multiplied with P once. Whatever reads the base's codes reads them. The values' second
-stream is a second reading of the keys. Rank 1 is too narrow for the TPU kernels and left to the plain path.
+**Outliers** (``sparse`` = n / H, the paper's 2 % is ``sparse=0.02``; 0, the default, is the paper's GEAR-L): the n entries of
+each vector that are farthest from where the base's codes are counted from (``Codec.middle``: 0; KIVI: the median of a group,
+of a channel's neighbouring tokens for keys and of a token's neighbouring channels for values). The base codes this middle in
+their stead, so that its scale shrinks to what the others need, and s holds what base and low-rank part then leave of an entry:
+these are exact but for one rounding to the cache's dtype. They are taken before the base's own rotation, behind the front end.
 
-P spans the largest principal directions of the base's error on a row's first tokens, all those that are there when the first
-of them enters the history (the sinks apart), per kv head, found by subspace iteration from a fixed start. It is orthonormal,
-so that no token's error is larger than the base's, at any rank, and at rank H it is the rounding of a.
+**P** spans the largest principal directions of what is then left of the errors on a row's first tokens, all those that are
+there when the first of them enters the history (the sinks apart), per kv head, found by subspace iteration from a fixed start.
+It is orthonormal and outliers are exact, so that no token's error is larger than without P, at any rank, and at rank H it is
+the rounding of a. That keeping outliers apart makes errors smaller holds on average, as tests measure, not for every vector.
 
-Layout: the base's codes and a [B, K, r, S] in the cache's dtype, 2 r bytes per token, kv head and stream in bfloat16: 16 r / H
-bits per value beside the base's, 1 at head_dim 64 and rank 4. P float32 [B, K, H, r], kept once per row in the front end's
-basis.
+Layout: the base's codes and a [B, K, 2 n + r, S] in the cache's dtype, 2 (2 n + r) bytes per token, kv head and stream in
+bfloat16: at head_dim 64 one bit per value beside the base's for rank 4, and half a bit for each outlier (n = 1 at 2 %; n = 3
+at head_dim 128, .75 bits). A TPU pads 2 n + r rows to a multiple of 8, and copies them before it reads them if they are none:
+2 n + r = 8 costs it no more than 6. P float32 [B, K, H, r], kept once per row in the front end's basis.
 
 Deviations: P is measured once and then frozen, where the paper factorises every block of tokens anew: a block's own P would
-be another query for every block, which no kernel reads. The paper's third part, the outliers of every vector kept exactly in
-a sparse matrix, is left out: kernels cannot read it, and rotations and balanced channels are there for outliers. Hence this is
-the paper's GEAR-L with a fixed basis.
+be another query for every block, which no kernel reads. Every token has the same number of outliers, where the paper takes
+the s / 2 largest and smallest of each channel of keys and of each token's values: buffers are static, and tokens are written
+one by one. A place costs 16 bits, as a value does, where 8 are enough, so that one array holds both.
 
-P corrects what is alike in the errors of all tokens, and a good codec's errors are not: at equal bytes more bits are better.
-SmolLM2-135M (head_dim 64), 1,024 tokens of Moby-Dick, static setting, KL divergence at bits per value (a in bfloat16):
-turboquant(2,2) .219 at 2.25; with rank 2 .216 at 2.75, rank 4 .201 at 3.25, rank 8 .166 at 4.25; but turboquant(3,3) .051 at
-3.25 and turboquant(4,4) .012 at 4.25.
+SmolLM2-135M (head_dim 64), 1,024 tokens of Moby-Dick, static setting, bfloat16 caches, KL divergence at bits per value:
+
+=============================  ===========  ===========  ==================  ===========  ===========================
+base                           alone        rank 4       sparse=.02, rank 0  both         instead
+=============================  ===========  ===========  ==================  ===========  ===========================
+int4(centre=none,balance=off)  .200 (4.25)  .185 (5.25)  .068 (4.75)         .059 (5.75)  rotate=true .076 (4.25)
+  and rotate=true              .076 (4.25)               .038 (4.75)                      turboquant(4,4) .009 (4.25)
+int4                           .022 (4.25)               .015 (4.75)                      turboquant(4,4) .009 (4.25)
+kivi(2)                        .387 (3.00)  .267 (4.00)  .250 (3.50)         .214 (4.50)  kivi(3) .059 (4.00)
+turboquant(2,2)                .162 (2.25)  .148 (3.25)  .124 (2.75)         .109 (3.75)  turboquant(3,3) .041 (3.25)
+=============================  ===========  ===========  ==================  ===========  ===========================
+
+P corrects what is alike in the errors of all tokens, and a good codec's errors are not. Outliers earn their bits on a format
+that has nothing else against them, more than P does; a rotation, the front end or one bit more is better still.
 """
 
 from __future__ import annotations
