@@ -35,7 +35,7 @@ class Coding:
     """``Codes`` without its arrays: scales per slot, or per ``tile`` of (channels, slots); ``zero``: with zero points.
 
     ``scaled`` false: one number for the whole cache, which belongs into the queries and the output. ``gain``: with gains,
-    "slot" or per tile of (channels, slots).
+    "slot" or per tile of (channels, slots). ``entries``: of the format sparse, beside ``rest`` dense channels.
     """
 
     fmt: str
@@ -44,6 +44,8 @@ class Coding:
     zero: bool = False
     scaled: bool = True
     gain: str | tuple[int, int] | None = None
+    entries: int = 0
+    rest: int = 4
 
 
 CODINGS = {
@@ -66,6 +68,7 @@ CODINGS = {
     "int2, gain by 128 slots": Coding("int2", zero=True, gain=(1, 128)),  # KVarN's values
     "int4 by 128 slots, gain by slot": Coding("int4", tile=(1, 128), zero=True, gain="slot"),
     "int4, gain by 128 slots": Coding("int4", zero=True, gain=(1, 128)),
+    "sparse": Coding("sparse", entries=2),  # 8 rows: of others XLA makes a copy
 }
 
 
@@ -152,8 +155,11 @@ def codes(coding: Coding, lead: tuple[int, ...], dim: int, slots: int):
     import jax
     import jax.numpy as jnp
 
-    from memjax.pallas_kernels.codes import SCALE_DTYPE, Codes, zeros
+    from memjax.pallas_kernels.codes import SCALE_DTYPE, Codes, sparse, zeros
 
+    if coding.entries:
+        entry, rest = (jax.ShapeDtypeStruct((*lead, n, slots), jnp.bfloat16) for n in (coding.entries, coding.rest))
+        return jax.eval_shape(lambda x, y: sparse(x, x, dim, y, jnp.bfloat16), entry, rest)
     plain = jax.eval_shape(lambda: zeros(coding.fmt, (*lead, dim, slots), jnp.bfloat16))
 
     def factor(tile):
@@ -219,6 +225,17 @@ def _copied(case: Case, cache, vectors: int) -> tuple[int | None, None, int]:
     return stored * max(LANES // case.page, 1), None, 1
 
 
+def _add_second_stream(arrays: dict) -> None:
+    """Where values are sparse, keys have such a stream too, beside their own."""
+    import jax
+    import jax.numpy as jnp
+
+    values = arrays["v"]
+    if values is not None and values.fmt == "sparse":
+        arrays["k_extra"] = values
+        arrays["q_extra"] = jax.ShapeDtypeStruct((*arrays["q"].shape[:3], values.dim), jnp.bfloat16)
+
+
 def _add_centre(case: Case, arrays: dict) -> None:
     """The weights of a centring term for the rows of ``arrays["q"]``, if the case has one."""
     import jax
@@ -258,6 +275,7 @@ def _decode(case: Case) -> Program:
     }
     if case.bias:
         arrays["bias"] = jax.ShapeDtypeStruct((case.batch, heads, case.slots), jnp.float32)
+    _add_second_stream(arrays)
     _add_centre(case, arrays)
 
     def function(arrays):
@@ -313,6 +331,7 @@ def _prefill(case: Case) -> Program:
         "q_start": jax.ShapeDtypeStruct((case.batch,), jnp.int32),
         **_cache(case),
     }
+    _add_second_stream(arrays)
     _add_centre(case, arrays)
 
     def function(arrays):
@@ -407,7 +426,7 @@ def _ragged_paged_attention(case: Case) -> Program:
 def decode_cases() -> list[Case]:
     """Every model, coding and feature of the decode kernel at least once."""
     found = [Case(model=model) for model in MODELS if model != "deepseek-v3"]
-    found += [Case(keys=name, values=name) for name in CODINGS if " by " not in name and name != "int8"]
+    found += [Case(keys=name, values=name) for name in CODINGS if " by " not in name and name not in ("int8", "sparse")]
     found += [Case(keys="int4", values="int2"), Case(keys="int8", values="int4"), Case(keys="int8", values="int2")]
     found += [Case(keys=f"int2 by {run} slots", values="int2 by 32 channels") for run in (32, 128)]
     found += [
@@ -423,6 +442,7 @@ def decode_cases() -> list[Case]:
     found += [Case(model=model, keys="int4", values="int4") for model in models]
     found += [Case(keys="int4", values="int4", **{flag: True}) for flag in ("array", "bias", "mass", "centre")]
     found += [Case(keys="int4", values="int4", array=True, centre=True, page=page) for page in (None, 256)]
+    found += [Case(model=model, keys="int4", values="sparse") for model in ("llama-3-8b", "dim 64")]
     found += [Case(keys="int4", values="int4", tokens=4), Case(softcap=50.0), Case(batch=1)]
     return found
 
@@ -435,6 +455,7 @@ def other_cases() -> list[Case]:
     chunk = {"op": "prefill", "batch": 2, "tokens": 1024}
     found += [Case(keys=keys, values=keys, **chunk) for keys in ("bf16", "int8", "int4", "int3")]
     found += [Case(keys="int2 by 128 slots, gain by slot", values="int2, gain by 128 slots", **chunk)]
+    found += [Case(keys="int4", values="sparse", **chunk | {"tokens": 256})]
     found += [Case(keys="int4", values="int4", page=page, **chunk) for page in (64, 256)]
     found += [Case(keys="int4", values="int4", centre=True, array=array, **chunk) for array in (False, True)]
     found += [Case(model=model, keys="bf16", values="bf16", **chunk) for model in ("smollm2-135m", "gemma-3-4b")]

@@ -12,6 +12,7 @@ int3     uint8, int2 and a bit plane   3H/8   -4 .. 3                 2 code + 1
 int2     uint8, four codes per byte    H / 4  -2 .. 1                 2 code + 1: -3, -1, 1, 3
 e4m3     float8_e4m3fn                 H      the float8 value        the value
 e5m2     float8_e5m2                   H      the float8 value        the value
+sparse   any float dtype, no scale     2n+r   the value, its place    the value
 =======  ============================  =====  ======================  ===========================
 
 **Slots lie along the last axis, channels before it.** On a TPU the last axis fills the 128 lanes: slots always do, while
@@ -31,6 +32,10 @@ fill nibbles 2 (2 c + b) in the channel order of int4: a TPU unpacks them as suc
 
 A grid that is not uniform is nested if its maker says which four levels its cells have in common (``coarse_grid``).
 
+**sparse** is few numbers of many channels: rows of n values, of the n places where they stand among ``width`` channels that
+are zero elsewhere, and of r further channels, dense. They unpack as the width + r channels of a dense vector, by comparisons.
+Places are numbers of the same dtype (bfloat16 holds integers up to 256), one array to copy and to page.
+
 **Scales** (zero points and gains alike): one per slot, [..., S]; or one per tile of channels and slots, [..., H / a, S / b],
 of which KIVI's key scales (a = 1, b = 32) and groups along the head (b = 1) are cases. Gains are for codecs that scale along
 both axes of a tile, such as KVarN. Scales are bfloat16 unless a codec needs more.
@@ -44,6 +49,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,11 +64,36 @@ BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "e4m3": 8, "e5m2": 8}
 _LARGEST_LEVEL = {"int8": 127.0, "int4": 15.0, "int3": 7.0, "int2": 3.0, "e4m3": 448.0, "e5m2": 57344.0}
 CUBIC = {"int4": (0.240507, 0.002098), "int3": (0.471455, 0.011585), "int2": (0.892887, 0.050693)}
 
+WIDEST_SPARSE = 256  # channels, whose numbers every storage type holds exactly
+
 Grid = str | tuple[int, ...]
 
 
+class Entries(NamedTuple):
+    """What data of the format sparse hold: ``count`` values of ``width`` channels, and their places; below them dense rows."""
+
+    count: int
+    width: int
+
+    def channels(self, rows: int) -> int:
+        """Channels of data of so many rows."""
+        return self.width + rows - 2 * self.count
+
+    def spread(self, data: Float[Array, "... C S"]) -> Float[Array, "... H S"]:
+        """The vectors. A place that does not exist leaves nothing, of two entries at one place the later one stays."""
+        channel = jax.lax.broadcasted_iota(jnp.int32, (self.width, 1), 0)
+        found = jnp.zeros((), data.dtype)
+        for j in range(self.count):
+            place = data[..., self.count + j : self.count + j + 1, :].astype(jnp.int32)
+            found = jnp.where(channel == place, data[..., j : j + 1, :], found)
+        rest = data[..., 2 * self.count :, :]
+        return found if rest.shape[-2] == 0 else jnp.concatenate([found, rest], axis=-2)
+
+
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["data", "scale", "zero", "gain"], meta_fields=["fmt", "grid", "coarse_grid"]
+    jax.tree_util.register_dataclass,
+    data_fields=["data", "scale", "zero", "gain"],
+    meta_fields=["fmt", "grid", "coarse_grid", "entries"],
 )
 @dataclass(frozen=True)
 class Codes:
@@ -75,11 +106,14 @@ class Codes:
     grid: Grid = "uniform"
     gain: Array | None = None
     coarse_grid: Grid | None = None
+    entries: Entries | None = None
 
     @property
     def dim(self) -> int:
         """Channels per vector, H."""
         rows = self.data.shape[-2]
+        if self.entries is not None:
+            return self.entries.channels(rows)
         return 8 * rows // BITS[self.fmt] if self.fmt in PACKED else rows
 
     @property
@@ -109,6 +143,8 @@ class Codes:
 
     def levels(self, dtype: DTypeLike) -> Float[Array, "... H S"]:
         """The unscaled levels in ``dtype`` (bfloat16 and wider hold the integer ones exactly)."""
+        if self.entries is not None:
+            return self.entries.spread(self.data).astype(dtype)
         if self.fmt not in PACKED:
             return self.data.astype(dtype)
         codes = unpack(self.data, self.fmt)
@@ -208,6 +244,25 @@ def deinterleave(x: Array, fmt: str) -> Array:
 def dense(x: Float[Array, "... H S"], dtype: DTypeLike | None = None) -> Codes:
     """``x`` as it is (or cast to ``dtype``), in the form that kernels read."""
     return Codes(x if dtype is None else x.astype(dtype), None, "dense")
+
+
+def sparse(
+    values: Float[Array, "... n S"],
+    places: Int[Array, "... n S"],
+    width: int,
+    rest: Float[Array, "... r S"] | None,
+    dtype: DTypeLike,
+) -> Codes:
+    """Few values of ``width`` channels at their places and dense further channels, [..., width + r, S], stored in ``dtype``.
+
+    Raises:
+      ValueError: more than 256 channels, whose numbers bfloat16 does not hold.
+    """
+    if width > WIDEST_SPARSE:
+        raise ValueError(f"places among more than {WIDEST_SPARSE} channels have no exact bfloat16, got {width}")
+    parts = [values, places, *([] if rest is None else [rest])]
+    data = jnp.concatenate([x.astype(dtype) for x in parts], axis=-2)
+    return Codes(data, None, "sparse", entries=Entries(values.shape[-2], width))
 
 
 def zeros(fmt: str, shape: tuple[int, ...], dtype: DTypeLike) -> Codes:

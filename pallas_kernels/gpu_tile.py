@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
-from memjax.pallas_kernels.codes import BITS, CUBIC, PACKED, Codes, planes
+from memjax.pallas_kernels.codes import BITS, CUBIC, PACKED, Codes, Entries, planes
 
 LARGEST_PIECE, SMALLEST_PIECE = 128, 16
 KINDS = ("scale", "zero", "gain")
@@ -50,6 +50,7 @@ class Form:
     dim: int
     dtype: jnp.dtype
     factors: tuple[Factor, ...]
+    entries: Entries | None = None
 
     @property
     def decoded(self) -> bool:
@@ -113,8 +114,8 @@ def form_of(codes: Codes) -> Form:
         if factor is not None:
             rows = factor.shape[-2] if codes.tiled(factor) else 1
             factors.append(Factor(kind, rows, codes.slots // factor.shape[-1]))
-    dtype = jnp.dtype(codes.data.dtype if codes.fmt == "dense" else jnp.bfloat16)
-    return Form(codes.fmt, codes.grid, codes.dim, dtype, tuple(factors))
+    dtype = jnp.dtype(codes.data.dtype if codes.fmt in ("dense", "sparse") else jnp.bfloat16)
+    return Form(codes.fmt, codes.grid, codes.dim, dtype, tuple(factors), codes.entries)
 
 
 class Where(NamedTuple):
@@ -183,6 +184,25 @@ def _stored(refs: dict, key: str, form: Form, piece: Piece, at: Where, mask: Arr
     return (code << 1) | (low & 1)
 
 
+def _load_sparse(refs: dict, key: str, entries: Entries, piece: Piece, at: Where, mask: Array | None) -> Array:
+    """A piece's numbers [size, T] of the format sparse."""
+    channel, dtype = (piece.channel + jnp.arange(piece.size))[:, None], refs[key].dtype
+    x = jnp.zeros((piece.size, at.slot.shape[0]), dtype)
+    if piece.channel + piece.valid > entries.width:
+        dense = jnp.broadcast_to(channel >= entries.width, x.shape)
+        row = 2 * entries.count + jnp.maximum(channel - entries.width, 0)
+        x = load(refs[key].at[at.lead, at.head, row, at.slot[None, :]], dense if mask is None else dense & mask, x)
+    if piece.channel >= entries.width:
+        return x
+    for j in range(entries.count):
+        value, place = (
+            load(refs[key].at[at.lead, at.head, jnp.int32(row), at.slot], at.exists, jnp.zeros((), dtype))
+            for row in (j, entries.count + j)
+        )
+        x = jnp.where(channel == place.astype(jnp.int32)[None, :], value[None, :], x)
+    return x
+
+
 def load_piece(refs: dict, key: str, form: Form, piece: Piece, at: Where, wanted: Array | None = None) -> Array:
     """Operands [size, T]: codes in the sense of ``Form.line`` or, where ``Form.decoded``, the numbers of ``wanted`` slots."""
     row = piece.row + jnp.arange(piece.size)
@@ -191,6 +211,8 @@ def load_piece(refs: dict, key: str, form: Form, piece: Piece, at: Where, wanted
     if piece.valid < piece.size:
         rows = jnp.broadcast_to((row < form.plane)[:, None], shape)
         mask = rows if mask is None else rows & mask
+    if form.entries is not None:
+        return _load_sparse(refs, key, form.entries, piece, at, mask)
     x = _levels(_stored(refs, key, form, piece, at, mask), form, refs.get(f"{key}_table"))
     if not form.decoded:
         return x

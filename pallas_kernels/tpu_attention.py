@@ -176,7 +176,7 @@ def _body(
     step, block = s * plan.steps + j, b * plan.row_blocks + i
     value_name = "v" if has_values else "k"
     # What a last tile that is only partly there holds beyond its end may be NaN in floating point.
-    ragged = not plan.pages and plan.slots % plan.tile != 0 and levels[value_name].fmt in ("dense", "e4m3", "e5m2")
+    ragged = not plan.pages and plan.slots % plan.tile != 0 and levels[value_name].fmt in ("dense", "sparse", "e4m3", "e5m2")
 
     @pl.when(j == 0)
     def begin():

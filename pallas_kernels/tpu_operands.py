@@ -34,7 +34,7 @@ def why_not(on: Target, arguments: dict) -> str | None:
     for name, codes in (("keys", k), ("values", v), ("extra keys", arguments.get("k_extra"))):
         if codes is None:
             continue
-        if codes.fmt == "dense" and codes.data.dtype not in (jnp.bfloat16, jnp.float32):
+        if codes.fmt in ("dense", "sparse") and codes.data.dtype not in (jnp.bfloat16, jnp.float32):
             return f"{name} are {codes.data.dtype}; TPU kernels read bfloat16 or float32"
         if codes.dim == 1:
             return f"{name} have 1 channel; the kernel's tiles have at least 2 rows"
@@ -178,11 +178,11 @@ def cut_slots(k: Codes, table: Array | None, page: int | None, most: int, unit: 
 
 def levels_of(codes: Codes, generation: str, rows: int) -> tile.Levels:
     """How a tile is multiplied: in bfloat16, but for float32 caches and for what a generation does better in int8."""
-    if codes.fmt == "dense" and codes.data.dtype == jnp.float32:
-        return tile.Levels(codes.fmt, codes.grid, jnp.dtype(jnp.float32))
+    if codes.fmt in ("dense", "sparse") and codes.data.dtype == jnp.float32:
+        return tile.Levels(codes.fmt, codes.grid, jnp.dtype(jnp.float32), entries=codes.entries)
     integers = codes.fmt in ("int8", *PACKED) and codes.grid != "cubic"
     limbs = generation in INTEGER_MATRIX_UNIT and rows <= MOST_LIMB_ROWS and integers and run_of(codes) == 1
-    return tile.Levels(codes.fmt, codes.grid, jnp.dtype(jnp.int8 if limbs else jnp.bfloat16))
+    return tile.Levels(codes.fmt, codes.grid, jnp.dtype(jnp.int8 if limbs else jnp.bfloat16), entries=codes.entries)
 
 
 class Operands:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from memjax.pallas_kernels.codes import CUBIC, PACKED, Grid, neighbours
+from memjax.pallas_kernels.codes import CUBIC, PACKED, Entries, Grid, neighbours
 
 MASKED = -1e30  # a score that is as good as -inf and has no NaN among its differences
 LANES = 128
@@ -42,6 +42,7 @@ class Levels(NamedTuple):
     grid: Grid
     dtype: jnp.dtype
     words: bool = True
+    entries: Entries | None = None
 
     @property
     def limbs(self) -> bool:
@@ -70,6 +71,8 @@ class Levels(NamedTuple):
 
     def load(self, stored: Stored) -> Array:
         """A tile as operands [H, T], rows in the order of ``codes.interleave``."""
+        if self.entries is not None:
+            return self.entries.spread(stored.astype(jnp.float32)).astype(self.dtype)
         if self.fmt not in PACKED:
             return stored.astype(self.dtype)
         signed, unsigned = _FIELDS[self.fmt]

@@ -86,6 +86,8 @@ ROWS = [
     Row("progressive(refine=1.0,page=8,share=0.0)+protect(2,8)", Progressive(1.0, 8, 0.0), 2, 8, bound=0.9),
     Row("streaming(4,20)+progressive(refine=1.0,page=8,share=0.0)+protect(4,6)", Progressive(1.0, 8, 0.0), 4, 6, (4, 20)),
     Row("gear(int4,16)+protect(2,8)", Gear(Int4(), 16), 2, 8),  # of full rank: nothing is lost
+    Row("gear(int4,0,sparse=0.2)+protect(2,8)", Gear(Int4(), 0, 0.2), 2, 8, bound=INT4),
+    Row("streaming(4,20)+gear(kivi(4,8),16,sparse=0.1)+protect(4,6)", Gear(Kivi(4, 8), 16, 0.1), 4, 6, (4, 20)),
     Row("streaming(4,20)+kivi(4,8)+protect(4,6)", Kivi(4, 8), 4, 6, (4, 20), bound=INT4),
     Row("quest(50,4)+protect(2,8)"),
     Row("streaming(4,16)", evict=(4, 16)),

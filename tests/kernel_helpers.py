@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.pallas_kernels.codes import BITS, Codes, absmax_encode, dense, pack
+from memjax.pallas_kernels.codes import BITS, Codes, absmax_encode, dense, pack, sparse
 from memjax.pallas_kernels.decode import Centre
 from memjax.pallas_kernels.slots import Span
 
@@ -55,6 +55,15 @@ def random_codes(
     return Codes(pack(jnp.asarray(codes), fmt), scale, fmt, offset, grid, gains)
 
 
+def random_sparse(rng, shape, count: int, rest: int, like: Codes) -> Codes:
+    """``count`` numbers per slot at places of their own among the channels of ``shape``, and ``rest`` dense channels."""
+    *lead, dim, slots = shape
+    places = np.argsort(rng.random(shape), axis=-2)[..., :count, :]
+    values, more = (rng.standard_normal((*lead, n, slots)) for n in (count, rest))
+    dtype = like.data.dtype if like.fmt == "dense" else jnp.bfloat16
+    return sparse(*(jnp.asarray(x) for x in (values, places)), dim, jnp.asarray(more) if rest else None, dtype)
+
+
 @dataclass(frozen=True)
 class Case:
     """A call of ``decode``; ``keys``, ``values`` are further arguments of ``random_codes``."""
@@ -74,6 +83,8 @@ class Case:
     bias: bool = False
     centre: int = 0
     latent: int = 0  # channels of an extra part; the keys are the values then
+    entries: int = 0  # per slot of a second stream, of sparse keys beside the others and of sparse values
+    rest: int = 4  # dense channels of that stream
     keys: dict = field(default_factory=dict)
     values: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
@@ -90,6 +101,8 @@ def build(case: Case, seed: int = 0) -> tuple[tuple, dict]:
     shape = (*lead, case.dim, case.page * case.parts or slots)
     k = random_codes(rng, case.fmt, shape, **case.keys)
     v = None if case.latent else random_codes(rng, case.value_fmt or case.fmt, shape, **case.values)
+    if case.entries:
+        v = random_sparse(rng, shape, case.entries, case.rest, k)
     q_shape = (case.batch, case.heads, case.rows)
     dtype = k.data.dtype if k.fmt == "dense" else jnp.bfloat16
     q = jnp.asarray(rng.standard_normal((*q_shape, case.dim)), dtype)
@@ -117,6 +130,9 @@ def build(case: Case, seed: int = 0) -> tuple[tuple, dict]:
     if case.latent:
         kw["q_extra"] = jnp.asarray(rng.standard_normal((*q_shape, case.latent)), jnp.bfloat16)
         kw["k_extra"] = random_codes(rng, "dense", (*lead, case.latent, shape[-1]))
+    if case.entries:
+        kw["q_extra"] = jnp.asarray(rng.standard_normal((*q_shape, case.dim + case.rest)), dtype)
+        kw["k_extra"] = random_sparse(rng, shape, case.entries, case.rest, k)
     return (q, k, v), kw
 
 
@@ -181,6 +197,11 @@ CASES = {
     "centre and positions": Case(centre=13, scattered=True),
     "centre and positions of all heads": Case("int8", centre=8, scattered=True, shared=True),
     "latent": Case("int8", heads=1, rows=20, dim=128, latent=32),
+    "sparse": Case(entries=2),
+    "sparse, 80 channels, float32": Case("dense", dim=80, entries=3, rest=1, keys=F32, bound=1e-5),
+    "sparse, without dense rows, 256 channels": Case(dim=256, rows=2, entries=5, rest=0),
+    "pages of sparse": Case("int8", page=128, slots=600, entries=1, scattered=True),
+    "pages of 32 of sparse": Case(page=32, parts=4, slots=400, lengths=(385, 1), entries=1, rest=2),
     "lengths 0 and 1": Case(lengths=(0, 1)),
     "several tiles": Case("dense", slots=9000, lengths=(9000, 4097), heads=1),
     "pages of 128, one token past": Case(page=128, slots=600, lengths=(600, 129)),

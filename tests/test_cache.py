@@ -47,9 +47,11 @@ CODED = "int8+protect(2,8)"
 HOST = "int8+protect(2,8)+host(8,4)"
 RAGGED = "int4+protect(2,0)"
 PAGED = "progressive(refine=1.0,page=8,share=0.0)+protect(2,8)"
+SPARSE = "gear(int4,0,sparse=0.2)+protect(2,8)"
 # These meet every cut; a codec or a window more changes nothing about cuts, so the others meet one.
 TILED = "kivi(4,8)+protect(2,8)"
 EVERY_CUT = ["dense", CODED, TILED, RAGGED, PAGED, "streaming(4,16)", "streaming(4,16)+int8+protect(4,8)", HOST, CHAIN]
+EVERY_CUT += [SPARSE]
 CASES = [(each, cut) for each in ROWS for cut in CUTS if each.text in EVERY_CUT or cut == "sevens"]
 
 
@@ -142,7 +144,7 @@ def test_all_decode_steps_share_one_trace(text):
     assert jax.tree.structure(after) == jax.tree.structure(cache) == jax.tree.structure(policy.init(SPEC))
 
 
-@pytest.mark.parametrize("text", [CHAIN])
+@pytest.mark.parametrize("text", [CHAIN, SPARSE])
 def test_a_scan_over_decode_steps(text):
     def decode(cache, token):
         out, cache = mj.attend(mj.update(cache, *(x[:, None] for x in token[1:])), token[0][:, None])
@@ -234,7 +236,7 @@ def test_a_capacity_below_its_window_bounds_a_stream_and_does_not_end_it(capacit
     assert sum(part.slots for part in (cache.sinks, cache.history) if part is not None) == min(capacity, 20)
 
 
-@pytest.mark.parametrize("text", [CODED, CHAIN])
+@pytest.mark.parametrize("text", [CODED, CHAIN, SPARSE])
 def test_a_nan_key_gives_no_plausible_output(text):
     q, k, v = (x.copy() for x in TEXT)
     k[0, 10, 0] = np.nan

@@ -26,8 +26,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 import memjax as mj
 from memjax.cache.layer import commit, commit_all
-from memjax.quantize import Gear, Int2, Int4, Kivi, TurboQuant
-from memjax.quantize.gear import LowRank
+from memjax.quantize import Gear, Int2, Int4, Kivi, KVarN, TurboQuant
+from memjax.quantize.gear import Corrected
 
 TOKENS = 96
 
@@ -63,10 +63,10 @@ def test_what_is_left_is_the_tail_of_the_singular_values(base, rank):
     """On the tokens that were measured; those that are not real may hold anything."""
     x, real = vectors()
     only = np.where(real[:, :, None], x, np.float32(np.nan))
-    directions = np.asarray(fit(LowRank(base, rank), only, real), np.float64)
+    directions = np.asarray(fit(Corrected(base, rank), only, real), np.float64)
     gram = np.einsum("bkhr,bkhs->bkrs", directions, directions)
     np.testing.assert_allclose(gram, np.broadcast_to(np.eye(rank), gram.shape), atol=1e-5)
-    plain, found = (np.float64(each) for each in corrected(LowRank(base, rank), directions, x, "float32"))
+    plain, found = (np.float64(each) for each in corrected(Corrected(base, rank), directions, x, "float32"))
     for row, count in enumerate(real.sum(-1)[:, 0]):
         for head in range(2):
             seen = np.s_[row, head, :, :count]
@@ -79,7 +79,7 @@ def test_what_is_left_is_the_tail_of_the_singular_values(base, rank):
 def test_no_token_has_more_error_than_before(dtype):
     """Tokens that were not measured neither, whose errors have other directions."""
     (x, real), (other, _) = vectors(0), vectors(1)
-    codec = LowRank(Int2(), 4)
+    codec = Corrected(Int2(), 4)
     plain, found = (np.asarray(each) for each in corrected(codec, fit(codec, x, real), other, dtype))
     before, after = (np.linalg.norm(other - each, axis=2) for each in (plain, found))
     assert (after <= before * (1 + 1e-5)).all()
@@ -87,19 +87,111 @@ def test_no_token_has_more_error_than_before(dtype):
 
 
 def test_an_exact_base_leaves_nothing_to_correct():
-    codec, x = LowRank(Int4(), 2), np.full((1, 1, DIM, 5), 0.0, np.float32)
+    codec, x = Corrected(Int4(), 2), np.full((1, 1, DIM, 5), 0.0, np.float32)
     directions = fit(codec, x, np.ones((1, 1, 5), bool))
     assert np.isfinite(directions).all()
     np.testing.assert_array_equal(corrected(codec, directions, x, "float32")[1], x)
 
 
 @pytest.mark.parametrize("base", [Int4(True), Kivi(2, 32), TurboQuant(2, 3)], ids=lambda base: base.name)
-@pytest.mark.parametrize(("dim", "rank"), [(64, 4), (128, 2)])
-def test_bits_are_those_of_the_buffers(base, dim, rank):
-    for mine, theirs in ((Gear(base, rank).keys, base.keys), (Gear(base, rank).values, base.values)):
+@pytest.mark.parametrize(("dim", "rank", "sparse", "entries"), [(64, 4, 0, 0), (128, 2, 0.02, 3), (64, 0, 0.001, 1)])
+def test_bits_are_those_of_the_buffers(base, dim, rank, sparse, entries):
+    both = Gear(base, rank, sparse)
+    for mine, theirs in ((both.keys, base.keys), (both.values, base.values)):
         codes = jax.eval_shape(lambda x, mine=mine: mine.encode(x, jnp.bfloat16), jnp.zeros((dim, 64)))
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(codes))
-        assert 8 * held / (dim * 64) == mine.bits_per_value(dim) == theirs.bits_per_value(dim) + 16 * rank / dim
+        expected = theirs.bits_per_value(dim) + 16 * (rank + 2 * entries) / dim
+        assert 8 * held / (dim * 64) == mine.bits_per_value(dim) == expected
+
+
+def with_outliers(seed: int = 0, size: float = 30.0, count: int = 2):
+    """``vectors`` with ``count`` numbers per token at places of their own that are ``size`` and more, and where they are."""
+    x, real = vectors(seed)
+    rng = np.random.default_rng(seed + 100)
+    planted = np.argsort(np.argsort(rng.random(x.shape), axis=2), axis=2) < count
+    large = rng.choice([-1, 1], x.shape) * size * rng.uniform(1, 2, x.shape)
+    return np.where(planted, large, x).astype(np.float32), real, planted
+
+
+SPARSE_BASES = [Int2(), Int4(True), Kivi(2, 8).keys, Kivi(2, 8).values, TurboQuant(2, 2).keys, KVarN(2, 2, 8).keys]
+SPARSE_IDS = ["int2", "rotated int4", "kivi keys", "kivi values", "turboquant", "kvarn keys"]
+
+
+def straightforward(base, x, count: int, directions) -> np.ndarray:
+    """What is made of one head's vectors [H, T], token by token in float64; the base's own coding is taken from the base."""
+    x = np.float64(x)
+    middle = np.zeros_like(x)
+    if base.name == "kivi":
+        for h in range(DIM):
+            for t in range(x.shape[1]):
+                group = x[h, t // 8 * 8 :][:8] if base.tile == 8 else x[h // 8 * 8 :, t][:8]
+                middle[h, t] = np.median(group)
+    rest, kept = x.copy(), np.zeros(x.shape, bool)
+    for t in range(x.shape[1]):
+        for channel in np.argsort(-np.abs(x[:, t] - middle[:, t]))[:count]:
+            kept[channel, t], rest[channel, t] = True, middle[channel, t]
+    coded = np.float64(quick_jit(lambda y: base.decode(base.encode(y, "float32")))(np.float32(rest)))
+    error = np.where(kept, 0, x - coded)
+    return np.where(kept, x, coded + directions @ (directions.T @ error))
+
+
+@pytest.mark.parametrize("base", SPARSE_BASES[:4], ids=SPARSE_IDS[:4])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_outliers_and_correction_are_what_they_are_said_to_be(base, rank):
+    x, real, _ = with_outliers()
+    codec = Corrected(base, rank, 0.2)
+    assert codec.entries(DIM) == 3
+    directions = fit(codec, x, real) if rank else None
+    found = corrected(codec, directions, x, "float32")[1]
+    for row in range(2):
+        for head in range(2):
+            each = np.zeros((DIM, 1)) if directions is None else np.float64(directions[row, head])
+            expected = straightforward(base, x[row, head], 3, each)
+            np.testing.assert_allclose(found[row, head], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-6), ("bfloat16", 2**-8)])
+@pytest.mark.parametrize("base", SPARSE_BASES, ids=SPARSE_IDS)
+def test_planted_outliers_are_kept_and_cost_the_others_nothing(base, dtype, rounding):
+    x, real, planted = with_outliers()
+    plain, found = (Corrected(base, 2, sparse) for sparse in (0.0, 0.125))
+    plain, found = (np.asarray(corrected(each, fit(each, x, real), x, dtype)[1]) for each in (plain, found))
+    np.testing.assert_allclose(found[planted], x[planted], rtol=rounding)
+    before, after = (np.mean((x - each)[~planted] ** 2) for each in (plain, found))
+    assert after < before / 8
+
+
+@pytest.mark.parametrize("base", SPARSE_BASES, ids=SPARSE_IDS)
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "outliers", "an offset"])
+def test_outliers_apart_are_never_worse_on_average(base, kind):
+    x, real = vectors()
+    if kind == "heavy tails":
+        x = np.random.default_rng(1).standard_t(2, x.shape).astype(np.float32)
+    elif kind == "outliers":
+        x = with_outliers(size=5.0, count=1)[0]
+    elif kind == "an offset":
+        x = x + 3 * np.random.default_rng(1).standard_normal((2, 2, DIM, 1)).astype(np.float32)
+    errors = []
+    for sparse in (0.0, 0.06, 0.2):
+        codec = Corrected(base, 2, sparse)
+        errors.append(np.mean((x - np.asarray(corrected(codec, fit(codec, x, real), x, "float32")[1])) ** 2))
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_a_number_that_is_none_does_not_become_plausible():
+    x, codec = np.ones((DIM, 3), np.float32), Corrected(Int4(), 0, 0.1)
+    x[3, 1], x[4, 2] = np.nan, np.inf
+    found = np.asarray(codec.decode(codec.encode(jnp.asarray(x), "float32")))
+    assert np.isnan([found[3, 1], found[4, 2]]).all()
+    np.testing.assert_allclose(found[:, 0], 1, atol=0.1)
+
+
+def test_places_survive_every_dtype_up_to_the_widest_head():
+    x = np.zeros((256, 256), np.float32)
+    np.fill_diagonal(x, 100.0)
+    codec = Corrected(Int4(), 0, 0.001)
+    for dtype in ("bfloat16", "float16", "float32"):
+        np.testing.assert_array_equal(codec.decode(codec.encode(jnp.asarray(x), dtype)), x)
 
 
 @functools.cache
@@ -108,11 +200,12 @@ def after_chunks(text: str):
     return tokens, sizes, *run(mj.policy(text).init(SPEC), tokens, sizes)
 
 
+@pytest.mark.parametrize("sparse", [0, 0.1])
 @pytest.mark.parametrize(("base", "codec", "tile"), [(PLAIN, Int2(), 1), ("kivi(2,8)", Kivi(2, 8), 8)])
-def test_attention_reads_codes_and_their_correction(base, codec, tile):
+def test_attention_reads_codes_and_their_correction(base, codec, tile, sparse):
     """As attention over vectors that were put together first, with the directions that the cache has measured."""
-    tokens, sizes, out, cache = after_chunks(f"gear({base},4)+protect(2,8)")
-    method = Gear(codec, 4)
+    tokens, sizes, out, cache = after_chunks(f"gear({base},4,sparse={sparse})+protect(2,8)")
+    method = Gear(codec, 4, sparse)
     directions = (each[:, :, None] for each in (cache.basis.k_fit, cache.basis.v_fit))
     keys, values = (each.fitted(found) for each, found in zip((method.keys, method.values), directions, strict=True))
     row = Row("", SimpleNamespace(keys=keys, values=values, tile=tile), 2, 8)
@@ -191,13 +284,23 @@ def test_the_front_end_is_the_bases():
     assert str(policy) == "gear(turboquant(2,2,centre=fixed),2)"
     assert mj.policy("gear(turboquant(2,2))").resolved_front() == TurboQuant.front
     assert mj.gear() == mj.policy("gear") == mj.policy("gear(int4,4)") == mj.policy("gear(rank=4,base=int4())")
+    assert mj.gear("int4", 0, 0.02) == mj.policy("gear(int4,0,0.02)")
+    assert str(mj.gear("int4", 0, 0.02)) == "gear(int4,0,sparse=0.02)"
+    assert mj.policy("gear(int4,4,sparse=0)") == mj.gear()
     text = "streaming(4,16) + gear( base = kivi( 2, group=16 ), rank = 3 )"
     assert str(mj.policy(text)) == "streaming(4,16)+gear(kivi(2,16),3)"
 
 
+WIDE = mj.CacheSpec(1, 1, 512, 64)
 LATENT = mj.CacheSpec(1, 1, 48, 64, rope=mj.Rope(16, start=32), latent_dim=32)
 WRONG = {
     "gear needs rank to be an integer of at least 1, got 0": lambda: mj.gear("int4", 0),
+    "gear needs rank to be an integer of at least 0, got -1": lambda: mj.gear("int4", -1, 0.02),
+    "gear needs sparse to be a share of the channels, 0 or more and below 0.5, got -0.1": lambda: mj.gear("int4", 4, -0.1),
+    "below 0.5, got 0.5": lambda: mj.policy("gear(int4,4,sparse=0.5)"),
+    "below 0.5, got nan": lambda: mj.policy("gear(int4,4,sparse=nan)"),
+    "below 0.5, got True": lambda: Gear(Int4(), 4, True),
+    "outliers of up to 256 channels, whose numbers bfloat16 holds": lambda: mj.gear("int4", 4, 0.02).init(WIDE),
     "gear corrects what a codec such as int4 loses, got dense": lambda: mj.gear("dense"),
     "gear adds a second stream of codes, and gear has two": lambda: Gear(Gear(Int4(), 2), 2),
     "gear corrects a codec such as int4 and nothing else, got int4.protect": lambda: mj.gear("int4+protect(4,8)"),

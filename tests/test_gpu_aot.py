@@ -45,6 +45,7 @@ CASES = {
         Case(op="mla_decode", model="deepseek-v3", keys="int8", values=None),
         Case(op="prefill", keys="int4", values="int4", batch=2, tokens=1024),
         Case(op="append", keys="int4", values="int4"),
+        Case(keys="int4", values="sparse"),
     ],
     "sm_80": [Case(keys="int8", values="int8"), *INT3],
     "sm_100": [Case(keys="bf16", values="bf16"), *INT3],

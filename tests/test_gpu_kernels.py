@@ -30,7 +30,7 @@ CUBIC_BOUND = 9e-3  # the polynomial is evaluated in bfloat16
 
 # Tracing unrolled kernels takes seconds a case; the fast run has one of each kind.
 FAST = ("dense", "int4", "K4V2, 96 channels", "cubic", "table", "groups of channels", "KIVI", "positions", "centre", "latent")
-FAST = (*FAST, "centre and positions", "pages of 16", "int3", "KVarN in 3 bits", "K3V2, 96 channels")
+FAST = (*FAST, "centre and positions", "pages of 16", "sparse", "int3", "KVarN in 3 bits", "K3V2, 96 channels")
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 

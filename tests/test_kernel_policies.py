@@ -24,6 +24,7 @@ CASES = {
     "sharing slots": ("adakv(26,window=4)+int8+protect(2,8)", SPEC),
     "latent": ("int8+protect(2,8)", LATENT),
     "corrected": ("gear(int4(rotate=true),4)+protect(2,8)", SPEC),
+    "corrected, with outliers": ("gear(int4(rotate=true),4,sparse=0.1)+protect(2,8)", SPEC),
 }
 FAST = ("rotated int4", "evicting, with a centre")
 

@@ -19,6 +19,7 @@ from memjax.quantize.turboquant import GRIDS, ROTATIONS, SCALES
 
 count = st.integers(0, 5000)
 bits = st.sampled_from([2, 2.5, 3, 3.5, 4])
+gear_bases = st.sampled_from([Int4(True), Kivi(2, 32), TurboQuant(3, 2)])
 codecs = st.one_of(
     st.just(Dense()),
     st.builds(Int8, st.booleans()),
@@ -28,7 +29,8 @@ codecs = st.one_of(
     st.sampled_from([NF4(), NVFP4(), Kivi(4, 64), KVarN(2, 2)]),
     st.builds(Auto, st.floats(0.5, 16), file=st.sampled_from(["", "my/table.json"])),
     st.builds(Auto, bytes=st.integers(1, 2**40)),
-    st.builds(Gear, st.sampled_from([Int4(True), Kivi(2, 32), TurboQuant(3, 2)]), st.integers(1, 64)),
+    st.builds(Gear, gear_bases, st.integers(1, 64), st.sampled_from([0.0, 0.02, 0.25])),
+    st.builds(Gear, gear_bases, st.just(0), st.just(0.02)),
     st.builds(TurboQuant, bits, bits, st.sampled_from(SCALES), st.sampled_from(GRIDS), st.sampled_from(ROTATIONS)),
 )
 balances = st.sampled_from(BALANCES)

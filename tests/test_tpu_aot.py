@@ -53,6 +53,7 @@ def test_some_of_each_operation_compile(python):
         ("v6e", Case(keys="int8", **LATENT)),
         ("v5e", Case(op="prefill", keys="bf16", values="bf16", batch=2, tokens=1024)),
         ("v6e", Case(op="append", keys="int4", values="int4")),
+        ("v5e", Case(model="dim 64", keys="int4", values="sparse")),
     ]
     rows = compiled(python, cases)
     assert [problem(row) for row in rows] == [None] * len(cases)

@@ -269,8 +269,10 @@ def progressive(
     return _coded(Progressive(refine, page, share, margin), centre, balance, calibration, pairs)
 
 
-def gear(base: str | CachePolicy = "int4", rank: int = 4) -> CachePolicy:
-    """A low-rank correction of what ``base`` loses, see ``memjax.quantize.gear``; the front end is the base's.
+def gear(base: str | CachePolicy = "int4", rank: int = 4, sparse: float = 0.0) -> CachePolicy:
+    """A low-rank correction of what ``base`` loses, and a share of outliers apart, see ``memjax.quantize.gear``.
+
+    The front end is the base's.
 
     Raises:
       ValueError: a base that says more than a codec, or none that can be corrected.
@@ -281,7 +283,7 @@ def gear(base: str | CachePolicy = "int4", rank: int = 4) -> CachePolicy:
         base = policy(base)
     if base != CachePolicy(codec=base.codec, front=base.front):
         raise ValueError(f"gear corrects a codec such as int4 and nothing else, got {base}; chain the rest behind it")
-    return CachePolicy(codec=Gear(base.codec, rank), front=base.front)
+    return CachePolicy(codec=Gear(base.codec, rank, sparse), front=base.front)
 
 
 def streaming(sinks: int = 4, window: int = 1020, positions: str = "cache") -> CachePolicy:

@@ -177,6 +177,11 @@ class Codec(KeyValueCodec):
         """The inverse of ``into_basis``, for outputs."""
         return unrotate(x) if self.rotate else x
 
+    def middle(self, x: Float[Array, "... H S"]) -> Float[Array, "... H S"] | Float[Array, ""]:
+        """What codes are counted from, float32: 0 without a zero point. Scales grow with what is far from it."""
+        del x
+        return jnp.zeros((), jnp.float32)
+
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Codes:
         """Zero bytes for vectors of shape [..., H, S]."""
         like = jax.eval_shape(lambda: self.encode(jnp.zeros(shape, jnp.float32), dtype))

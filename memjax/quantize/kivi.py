@@ -52,6 +52,13 @@ def asymmetric(
     return packed, scale, zero
 
 
+def medians(x: Float[Array, "... H S"], channels: int, slots: int) -> Float[Array, "... H S"]:
+    """The median, float32, of the tile of ``channels`` by ``slots`` values that a value is in; both divide their axes."""
+    *lead, dim, total = x.shape
+    tiles = x.astype(jnp.float32).reshape(*lead, dim // channels, channels, total // slots, slots)
+    return jnp.broadcast_to(jnp.median(tiles, axis=(-3, -1), keepdims=True), tiles.shape).reshape(x.shape)
+
+
 def _stored(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x.astype(SCALE_DTYPE).astype(jnp.float32)
 
@@ -91,6 +98,9 @@ class KiviKeys(Codec):
         check_slots("KIVI", x.shape[-1], self.tile)
         data, scale, zero = asymmetric(x, self.bits, channels=1, slots=self.group)
         return Codes(data, scale, self.fmt, zero)
+
+    def middle(self, x: Float[Array, "... H S"]) -> Float[Array, "... H S"]:
+        return medians(x, channels=1, slots=self.group)
 
     def bits_per_value(self, dim: int, dtype: DTypeLike = jnp.bfloat16) -> float:
         del dtype
@@ -133,6 +143,9 @@ class KiviValues(Codec):
         self.validate(x.shape[-2])
         data, scale, zero = asymmetric(x, self.bits, channels=self.group, slots=1)
         return Codes(data, scale, self.fmt, zero)
+
+    def middle(self, x: Float[Array, "... H S"]) -> Float[Array, "... H S"]:
+        return medians(x, channels=self.group, slots=1)
 
     def bits_per_value(self, dim: int, dtype: DTypeLike = jnp.bfloat16) -> float:
         del dtype

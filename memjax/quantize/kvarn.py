@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 from memjax.pallas_kernels.codes import SCALE_DTYPE, Codes
 from memjax.quantize.codec import Codec, KeyValueCodec
 from memjax.quantize.hadamard import rotate
-from memjax.quantize.kivi import asymmetric, check_bits, check_slots
+from memjax.quantize.kivi import asymmetric, check_bits, check_slots, medians
 
 _CLIP = (-0.3, 10.0)
 _SMALLEST_VARIANCE = 1e-12
@@ -136,6 +136,9 @@ class KVarNKeys(_Tiles):
         data, scale, zero = asymmetric(balanced, self.bits, channels=1, slots=self.tile)
         gain = token.reshape(*x.shape[:-2], x.shape[-1])
         return Codes(data, scale, self.fmt, zero, gain=gain)
+
+    def middle(self, x: Float[Array, "... H S"]) -> Float[Array, "... H S"]:
+        return medians(x, channels=1, slots=self.tile)
 
     def bits_per_value(self, dim: int, dtype: DTypeLike = jnp.bfloat16) -> float:
         self.validate(dim)

@@ -84,6 +84,6 @@ def _plan(
     programs = batch * kv_heads * -(-rows // block)
     if splits is None:
         splits = max(1, min(-(-2 * PROCESSORS // programs), slots // SHORTEST_PART))
-    busy = any(form.decoded or not isinstance(form.grid, str) for form in forms)
+    busy = any(form.decoded or form.entries or not isinstance(form.grid, str) for form in forms)
     warps = 8 if widest > 128 or centred or busy else 4
     return Plan(block, tile, min(splits, -(-slots // tile)), warps)
