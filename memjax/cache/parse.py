@@ -37,6 +37,7 @@ _NAMES = (
     "expected_attention",
     "massfold",
     "quest",
+    "duo",
     "host",
     "protect",
     "kernels",

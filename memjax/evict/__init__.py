@@ -2,6 +2,7 @@
 
 from memjax.evict.adakv import AdaKV
 from memjax.evict.dropkv import DropKV
+from memjax.evict.duo import Duo
 from memjax.evict.evictor import Budgeted, Evictor
 from memjax.evict.expected_attention import ExpectedAttention
 from memjax.evict.h2o import H2O
@@ -19,6 +20,7 @@ __all__ = [
     "AdaKV",
     "Budgeted",
     "DropKV",
+    "Duo",
     "Evictor",
     "ExpectedAttention",
     "KeyDiff",
