@@ -8,8 +8,8 @@ largest gates retrieves, however they fall on the layers. The paper takes half o
 a quarter of those without.
 
 The bytes are real. A layer's cache is two pools (``memjax.cache.pools``): with R of K heads retrieving it holds
-R S + (K - R) (sinks + window) tokens' keys and values instead of K S, each pool in any codec or tier of the policy, and a
-decode step reads as much. ``protect`` is about what a codec leaves alone within a pool, whatever a streaming head's window.
+R S + (K - R) (sinks + window) keys and values instead of K S, each pool in any codec or tier of the policy, and a decode
+step reads as much. ``protect`` is about what a codec leaves alone within a pool, whatever a streaming head's window.
 
 Windows default to 64 sinks and 256 recent tokens, with which the authors' scripts evaluate; their gates are trained with 128
 sinks and 256 recent tokens.
