@@ -14,9 +14,9 @@ step reads as much. ``protect`` is about what a codec leaves alone within a pool
 Windows default to 64 sinks and 256 recent tokens, with which the authors' scripts evaluate; their gates are trained with 128
 sinks and 256 recent tokens.
 
-Deviations. The window includes the token that is written, and what a streaming head sees does not depend on how a prompt is cut
-into chunks; the authors' code reads the first chunk in full and later ones with the sinks and window before it. All heads of
-one kind in a layer make that layer an ordinary cache. Of equal gates the first heads retrieve.
+Deviations. The window includes the token that is written, and what a streaming head sees does not depend on how a prompt is
+cut into chunks; the authors' code reads the first chunk in full and later ones with the sinks and window before it. All
+heads of one kind in a layer make that layer an ordinary cache. Of equal gates the first heads retrieve.
 """
 
 from __future__ import annotations
