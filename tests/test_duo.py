@@ -11,13 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from cache_helpers import BATCH, CAPACITY, DIM, ROPE, TOKENS, Row, dense_oracle, oracle, qkv, quick_jit
+from cache_helpers import (
+    BATCH,
+    CAPACITY,
+    DIM,
+    ROPE,
+    TOKENS,
+    Row,
+    dense_oracle,
+    numpy_rope,
+    numpy_softmax,
+    oracle,
+    qkv,
+    quick_jit,
+)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import memjax as mj
 from memjax.cache import evict, offload, quantize
 from memjax.cache.layer import LayerCache
 from memjax.cache.pools import HeadPools, pools_of
+from memjax.evaluate.gates import CITIES, hide_and_recite, measure_gates
 from memjax.evict import Duo, Streaming
 from memjax.evict.duo import choose
 from memjax.evict.gates import Gates, load_gates, save_gates
@@ -179,7 +193,7 @@ WIDE = dataclasses.replace(SPEC, kv_heads=4, q_heads=8)
 
 
 def test_pools_on_a_mesh_and_back_from_a_disk(tmp_path):
-    policy, tokens = mj.policy("duo(sinks=3,window=9,heads=1001)+int8+protect(2,4)"), qkv(1, heads=4, tokens=24)
+    policy, tokens = mj.policy("duo(sinks=3,window=9,heads=1001)+int8(centre=none)+protect(2,4)"), qkv(1, heads=4, tokens=24)
     placed = mj.shardings(policy, WIDE, MESH)
     heads = {leaf.spec for leaf in jax.tree.leaves(placed) if len(leaf.spec) == 2}
     assert heads == {PartitionSpec("data", "model")}
@@ -212,17 +226,18 @@ def test_pools_on_a_mesh_and_back_from_a_disk(tmp_path):
 
 def test_transforms_go_through_the_pools():
     before = found("chunks")[1]
-    after = quick_jit(lambda cache: quantize(cache, mj.int8()))(before)
-    made = mj.policy(DUO + "+int8+protect(0,0)")
+    coded = mj.policy(f"int8({RAW})")
+    after = quick_jit(lambda cache: quantize(cache, coded))(before)
+    made = mj.chain(mj.policy(DUO), coded, mj.protect(0, 0))
     assert jax.tree.structure(after) == jax.tree.structure(made.init(SPEC))
     assert mj.nbytes(after) == mj.predict_nbytes(made, SPEC)
     more = tuple(x[:, :1] for x in qkv(4, heads=HEADS))
-    out, _ = made.attend(made.update(after, *more[1:]), more[0])
-    np.testing.assert_allclose(out, step(before, *more)[0], atol=0.05)
-    moved = offload(before, mj.host(8, 4))
+    np.testing.assert_allclose(step(after, *more)[0], step(before, *more)[0], atol=0.05)
+    moved = quick_jit(lambda cache: offload(cache, mj.host(8, 4)))(before)
     assert mj.nbytes(moved) == mj.predict_nbytes(mj.policy(DUO + "+host(8,4)"), SPEC)
     np.testing.assert_allclose(step(moved, *more)[0], step(before, *more)[0], atol=1e-5)
-    assert [type(each) for each in quantize((before, before), mj.int8())] == [HeadPools] * 2
+    pair = jax.eval_shape(lambda cache: quantize((cache, cache), coded), before)
+    assert [type(each) for each in pair] == [HeadPools] * 2
     for caches in (before, (before,)):
         with pytest.raises(ValueError, match="duo keeps its heads apart"):
             evict(caches, [np.zeros((BATCH, HEADS, 4))], 2)
@@ -292,7 +307,7 @@ def test_layers_get_the_heads_of_the_file(file):
 
 def test_a_model_generates_with_it(tiny, file):
     """Token by token as in one piece, and what the pools of several layers do together is what each does."""
-    policy = mj.chain(mj.duo(0.5, 2, 5, file), mj.policy("int8+protect(2,3)"))
+    policy = mj.chain(mj.duo(0.5, 2, 5, file), mj.policy(f"int8({RAW})+protect(2,3)"))
     tokens = np.random.default_rng(2).integers(0, 60, (2, 12)).astype(np.int32)
     cache = tiny.init_cache(policy, 2, 32, "float32")
     hidden, whole = quick_jit(lambda decoder, cache: decoder(tokens, cache))(tiny.decoder, cache)
@@ -308,6 +323,63 @@ def test_a_model_generates_with_it(tiny, file):
     assert np.abs(np.asarray(out[:, 0] - hidden[:, -1])).max() < 0.2
     with pytest.raises(ValueError, match="duo keeps its heads apart"):
         scores(tiny, whole, tokens.tolist(), instruction=[1])
+
+
+# ---- the measurement -----------------------------------------------------------------------------------------------
+
+
+def test_gates_are_what_streaming_changes(tiny):
+    """Against float64, head by head; one layer has no rotary embedding, one a window of its own."""
+    text, recited, sinks, window = np.random.default_rng(6).integers(0, 60, 40), 7, 2, 9
+    done = []
+    gates = measure_gates(tiny, text, recited, sinks, window, done.append)
+    assert done == [f"layer {i + 1} of 4" for i in range(4)]
+    assert gates.fingerprint == tiny.fingerprint
+    x, t, expected = tiny.decoder.embedding(text[None]), np.arange(40), []
+    distance = t[:, None] - t
+    for layer, rope, own in zip(tiny.decoder.layers, tiny.config.ropes, tiny.config.windows, strict=True):
+        q, k, v = (np.asarray(y[0], np.float64).swapaxes(0, 1) for y in layer.attention.project(layer.attention_norm(x)))
+        q, k = (numpy_rope(y, t, rope and rope.theta) for y in (q, k))
+        kernel = np.asarray(layer.attention.out.kernel[...], np.float64).reshape(len(k), -1, q.shape[-1], x.shape[-1])
+        logits = q.reshape(len(k), -1, *q.shape[1:]) @ k[:, None].swapaxes(-1, -2) / np.sqrt(q.shape[-1])
+        seen = (distance >= 0) & (distance < (own or 40))
+        masks = seen, seen & ((t < sinks) | (distance < window))
+        whole, short = (np.einsum("kgrh,kghd->krd", numpy_softmax(logits, m) @ v[:, None], kernel) for m in masks)
+        behind = np.square(np.asarray(x[0], np.float64) + whole.sum(0)).sum(-1)
+        expected.append(np.sqrt((np.square(whole - short).sum(-1) / behind)[:, -recited:].mean(-1)))
+        x, _ = layer(x, None, None, False)
+    np.testing.assert_allclose(gates.layers, np.array(expected) / np.max(expected), rtol=1e-3)
+    with pytest.raises(ValueError, match="of more than the 40 tokens of sinks and window before what is recited, got 40"):
+        measure_gates(tiny, text, recited, 20, 20)
+
+
+class Letters:
+    """A tokenizer of characters."""
+
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def test_the_recital_says_what_is_hidden():
+    words = Letters().encode("word " * 400)
+    ids, recited = hide_and_recite(Letters(), words, 300)
+    hidden, recital = "".join(map(chr, ids[:-recited])), "".join(map(chr, ids[-recited:]))
+    assert len(hidden) == len(words)
+    said = dict(re.findall(r"(\w+) = (\d{5})", recital))
+    assert set(said) == set(CITIES)
+    assert all(hidden[:-300].count(f"{city} = {number}") == 2 for city, number in said.items())
+    assert "=" not in hidden[-300:]
+    with pytest.raises(ValueError, match="cannot hide a pass key"):
+        hide_and_recite(Letters(), words[:500], 300)
+
+
+def test_the_file_that_comes_along_has_heads_of_both_kinds():
+    gates = load_gates()
+    assert [len(row) for row in gates.layers] == [3] * 30
+    chosen = "".join(choose(gates, 0.5))
+    assert chosen.count("1") == 45
+    kinds = {type(each) for each in mj.abstract(mj.duo(0.5), [dataclasses.replace(SPEC, capacity=1024)] * 30)}
+    assert kinds == {HeadPools, LayerCache}
 
 
 def test_bad_input(tiny, file, tmp_path):
