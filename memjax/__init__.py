@@ -26,6 +26,7 @@ _NAMES = {
         "auto",
         "dense",
         "dropkv",
+        "duo",
         "expected_attention",
         "fp8",
         "h2o",

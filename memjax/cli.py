@@ -1,4 +1,4 @@
-"""The command line: ``memjax`` generate, compare, eval, calibrate, sensitivity, demo."""
+"""The command line: ``memjax`` generate, compare, eval, calibrate, sensitivity, gates, demo."""
 
 from __future__ import annotations
 
@@ -324,6 +324,35 @@ def sensitivity(
     Console().print(f"Wrote {out} ({table.tokens} tokens, model {table.fingerprint}).")
 
 
+@app.command()
+def gates(
+    out: Annotated[Path, typer.Option(help="The gates file to write (JSON).")],
+    model: Model = "smollm2-135m",
+    text_file: Annotated[Path | None, typer.Option(help="A text to hide numbers in. Default: an excerpt of a novel.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to read of it.")] = 1400,
+    sinks: Annotated[int, typer.Option(help="First tokens that a streaming head keeps.")] = 64,
+    window: Annotated[int, typer.Option(help="Newest tokens that a streaming head keeps.")] = 256,
+) -> None:
+    """Estimate which heads retrieve from far away, for policies such as 'duo(share=0.5,file=FILE)'."""
+    from memjax.evaluate.gates import hide_and_recite, measure_gates
+    from memjax.evict.gates import save_gates
+
+    _check_targets(out, None)
+    text = _novel() if text_file is None else _read_text(text_file)
+    lm = _load(model)
+    ids, recited = hide_and_recite(lm.tokenizer, lm.tokenizer.encode(text)[:tokens], window)
+    with _bars() as progress:
+        task = progress.add_task("reading", total=lm.config.layers)
+        update = lambda done: progress.update(task, advance=1, description=done)  # noqa: E731
+        found = measure_gates(lm, ids, recited, sinks, window, update)
+    save_gates(out, found)
+    Console().print(f"Wrote {out} ({len(ids)} tokens, model {found.fingerprint}).")
+
+
+def _novel() -> str:
+    return (importlib.resources.files("memjax.data") / "moby_dick_excerpt.txt").read_text(encoding="utf-8")
+
+
 _PLAIN = "centre=none,balance=off"  # the formats themselves: the front end takes longer to compile than the demo should
 DEMO_POLICIES = ("dense", f"int8({_PLAIN})", f"int4({_PLAIN})", f"int4(rotate=true,{_PLAIN})")
 DEMO_POLICIES += ("streaming(4,508)", f"streaming(4,508)+int4(rotate=true,{_PLAIN})")
@@ -340,8 +369,7 @@ def demo(
     from memjax.evaluate.passkey import Passkey
 
     out.mkdir(parents=True, exist_ok=True)
-    text = (importlib.resources.files("memjax.data") / "moby_dick_excerpt.txt").read_text(encoding="utf-8")
-    lm, key = _load("smollm2-135m"), Passkey(depth=0.5)
+    text, lm, key = _novel(), _load("smollm2-135m"), Passkey(depth=0.5)
     policies = [mj.policy(policy) for policy in DEMO_POLICIES]
     rows = _compare(lm, text, tokens, policies, Setup(), key)
     _report(rows, out / "compare.json", out / "compare.png")

@@ -19,6 +19,7 @@ from memjax.attention.attend import attend
 from memjax.attention.rope import apply_rope
 from memjax.cache.layer import LayerCache, commit, commit_all, update
 from memjax.cache.policy import ModelCache
+from memjax.cache.pools import HeadPools
 from memjax.cache.spec import CacheSpec
 from memjax.models.config import ModelConfig
 from memjax.models.source import TensorSource, check_tensors
@@ -59,8 +60,12 @@ class Attention(nnx.Module):
         self.head_dim, self.rope, self.window = config.head_dim, config.ropes[layer], config.windows[layer]
 
     def __call__(
-        self, x: Float[Array, "B T D"], cache: LayerCache | None, lengths: Int[Array, "B"] | None, compress_first: bool
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        self,
+        x: Float[Array, "B T D"],
+        cache: LayerCache | HeadPools | None,
+        lengths: Int[Array, "B"] | None,
+        compress_first: bool,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | HeadPools | None]:
         batch, tokens, _ = x.shape
         q, k, v = self.project(x)
         if cache is None:
@@ -69,7 +74,7 @@ class Attention(nnx.Module):
             projection = self.out.kernel[...].reshape(q.shape[2], self.head_dim, -1)
             cache = update(cache, k, v, lengths, queries=q, output_projection=projection)
             if compress_first:
-                cache = commit(cache if cache.layout.observer is None else attend(cache, q)[1])
+                cache = commit(attend(cache, q)[1] if cache.observed else cache)
             out, cache = attend(cache, q)
             cache = cache if tokens <= STAGED_IN_ALL_LAYERS else commit(cache)
         return self.out(out.reshape(batch, tokens, -1)), cache

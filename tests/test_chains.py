@@ -22,6 +22,7 @@ CODECS += ("kivi(2,8)", "kvarn(4,2,8)", "zipcache(4,2,16,8,0.5)", "progressive(p
 WINDOWS = {"none": "protect(0,0)", "recent": "protect(2,6)"}
 # Codecs that a budget cannot go with, and why.
 NEIGHBOURS = dict.fromkeys(("kivi", "kvarn", "zipcache"), "codes tiles of") | {"progressive": "reads pages of"}
+DUO = "duo(sinks=2,window=18,heads=10)"  # two caches in a layer: one streams, the other keeps everything
 NOT_CODECS = {"host", "protect", "kernels", "dense", "massfold"}
 SELECTORS = {"quest", "kvzip", "kvcompose"}  # which free nothing while a text is read, and have tests of their own
 SPEC = dataclasses.replace(SPEC, q_heads=HEADS * GROUPS)
@@ -43,8 +44,9 @@ def impossible(evictor: str, codec: str) -> str | None:
 
 def test_the_table_names_every_part():
     """A new evictor or codec has to take a row here."""
-    evictors = {each for each, build in PARTS.items() if "budget" in inspect.signature(build).parameters} | {"streaming"}
-    assert {name(each) for each in EVICTORS} | SELECTORS == evictors
+    evictors = {each for each, build in PARTS.items() if "budget" in inspect.signature(build).parameters}
+    evictors |= {"streaming", name(DUO)}
+    assert {name(each) for each in (*EVICTORS, DUO)} | SELECTORS == evictors
     assert {name(each) for each in CODECS} - {"dense"} == set(PARTS) - evictors - NOT_CODECS
 
 
@@ -65,6 +67,20 @@ def test_every_chain_is_made_or_refused(evictor, window, sensitivity_file):
             chained(evictor, codec)
         with pytest.raises(ValueError, match=reason):
             chained(WINDOWS[window], codec, evictor)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_heads_of_two_kinds_go_with_every_codec(codec, window, file):
+    codec = f"auto(bits=10,file={file})" if codec == "auto" else codec
+    policy, specs = chained(DUO, codec, WINDOWS[window]), [SPEC] * 2
+    assert mj.policy(str(policy)) == policy
+    caches = mj.abstract(policy, specs)
+    assert mj.nbytes(caches) == mj.predict_nbytes(policy, specs)
+    for cache in caches:
+        places, unit = [pool.layout for pool in cache.pools], max(policy.codec.tile, policy.codec.page)
+        assert [place.ring for place in places] == [False, True]
+        assert BUDGET <= places[1].sinks + places[1].kept + places[1].slots < BUDGET + unit
 
 
 def _check_made(policy):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import memjax as mj
 from memjax.cache.parse import PARTS, signatures
 from memjax.cache.policy import CachePolicy, LayerwisePolicy, Windows
-from memjax.evict import Streaming
+from memjax.evict import Duo, Streaming
 from memjax.offload import HostTier
 from memjax.quantize import NF4, NVFP4, Auto, Dense, Fp8, FrontEnd, Gear, Int2, Int4, Int8, Kivi, KVarN, TurboQuant
 from memjax.quantize.front import BALANCES, CENTRES
@@ -33,6 +33,11 @@ codecs = st.one_of(
     st.builds(Gear, gear_bases, st.just(0), st.just(0.02)),
     st.builds(TurboQuant, bits, bits, st.sampled_from(SCALES), st.sampled_from(GRIDS), st.sampled_from(ROTATIONS)),
 )
+evictors = st.one_of(
+    st.builds(Streaming, count, st.integers(1, 5000), st.sampled_from(["cache", "text"])),
+    st.builds(Duo, st.floats(0, 1), count, st.integers(1, 5000), st.sampled_from(["", "my/gates.json"]), st.integers(1, 9)),
+    st.builds(Duo, sinks=count, heads=st.sampled_from(["101", "0", "11"])),
+)
 balances = st.sampled_from(BALANCES)
 fronts = st.one_of(
     st.builds(FrontEnd, st.sampled_from(CENTRES), balances),
@@ -49,7 +54,7 @@ def with_front(policy: CachePolicy, front: FrontEnd | None) -> CachePolicy:
 plain_policies = st.builds(
     CachePolicy,
     codec=codecs,
-    evictor=st.none() | st.builds(Streaming, count, st.integers(1, 5000), st.sampled_from(["cache", "text"])),
+    evictor=st.none() | evictors,
     tier=st.none() | st.builds(HostTier, st.integers(1, 5000), st.integers(1, 5000)),
     windows=st.none() | st.builds(Windows, count, count),
 )

@@ -14,6 +14,7 @@ from memjax.attention.quest import page_scores, pages_seen, quest_attention
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.encode import fitted
 from memjax.cache.layer import LayerCache, leaving_count, staged_positions
+from memjax.cache.pools import HeadPools
 from memjax.cache.segment import Segment, bare
 from memjax.cache.share import heads_apart, shared_queries
 from memjax.cache.slots import order_in_ring
@@ -33,8 +34,8 @@ DECODE_TOKENS = 8  # with more new tokens than these, kernels work on blocks of 
 
 
 def attend(
-    cache: LayerCache, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
-) -> tuple[Float[Array, "B T N Hv"], LayerCache]:
+    cache: LayerCache | HeadPools, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
+) -> tuple[Float[Array, "B T N Hv"], LayerCache | HeadPools]:
     """What queries read from the cache: everything committed and everything staged that is not in their future.
 
     Args:
@@ -61,6 +62,11 @@ def attend(
     batch, tokens, heads, _ = q.shape
     if spec.q_heads not in (None, heads):
         raise ValueError(f"attend got {heads} query heads for a cache that was made for q_heads={spec.q_heads}")
+    if isinstance(cache, HeadPools):
+        found = [attend(pool, part, positions) for pool, part in zip(cache.pools, cache.split(q, 2), strict=True)]
+        out, cache = cache.join([each for each, _ in found], 2), cache.replaced(pool for _, pool in found)
+        lost = functools.reduce(jnp.logical_or, map(_overflowed, cache.pools))  # streaming heads alone would not tell
+        return jnp.where(lost[:, None, None, None], jnp.nan, out), cache
     consecutive = positions is None
     if positions is None:
         if cache.staged is not None and cache.staged.slots != tokens:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from memjax.cache.pools import Part
 from memjax.cache.segment import Segment, bare
 from memjax.cache.slots import take
 from memjax.cache.spec import CacheSpec
@@ -20,8 +23,14 @@ if TYPE_CHECKING:
     from memjax.cache.policy import CachePolicy
 
 
-def init_basis(policy: CachePolicy, spec: CacheSpec, layer: int) -> Basis | None:
-    """What the codec and its front end start from: nothing measured yet, or a calibration file."""
+def init_basis(policy: CachePolicy, spec: CacheSpec, layer: int, part: Part | None = None) -> Basis | None:
+    """What the codec and its front end start from: nothing measured yet, or a calibration file.
+
+    ``part``: which of the layer's heads ``spec`` is about; None: all.
+    """
+    if part is not None:  # a file is about all heads
+        basis = init_basis(policy, part.whole, layer)
+        return jax.tree.map(lambda x: x[:, np.asarray(part.heads, np.int32)], basis)
     front, codec, lead = policy.resolved_front(), policy.codec, (spec.batch, spec.kv_heads)
     basis = load_basis(front.calibration, spec, layer) if front.calibration else empty_basis(front, spec)
     fits = {"k_fit": codec.keys.unfitted(lead, spec.coded_dim), "v_fit": codec.values.unfitted(lead, spec.value_dim)}

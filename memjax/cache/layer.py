@@ -27,10 +27,11 @@ from memjax.cache.admit import admit
 from memjax.cache.bounds import KeyBounds, bounds_after, empty_bounds
 from memjax.cache.encode import decode_keys, encode, encode_in_two, fit_codec, fitted, init_basis
 from memjax.cache.layout import Layout, layout
+from memjax.cache.pools import HeadPools, Part
 from memjax.cache.segment import Segment, bare, cast
 from memjax.cache.share import admit_shared
 from memjax.cache.slots import beside, order_in_ring, take, write, write_ring
-from memjax.cache.spec import CacheSpec
+from memjax.cache.spec import CacheSpec, check_new_tokens
 from memjax.evict.expected_attention import Moments, expected_logits, mean_rotation, no_moments
 from memjax.offload import pool
 from memjax.pallas_kernels.codes import dense
@@ -104,9 +105,20 @@ class LayerCache:
     def layout(self) -> Layout:
         return layout(self.policy, self.spec)
 
+    @property
+    def observed(self) -> bool:
+        """Whether attention gives scores to tokens."""
+        return self.layout.observer is not None
 
-def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCache:
-    """An empty cache; ``layer``: which of the model's layers, for policies with a calibration file."""
+
+def layer_caches(cache) -> list[LayerCache]:
+    """The attention layers' caches of a model, each pool of heads for itself."""
+    leaves = jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, LayerCache))
+    return [x for x in leaves if isinstance(x, LayerCache)]
+
+
+def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0, part: Part | None = None) -> LayerCache:
+    """An empty cache; ``layer``: which of the model's layers, for policies with a calibration file; ``part``: of its heads."""
     policy.validate(spec)
     place, codec = layout(policy, spec), policy.codec
 
@@ -139,7 +151,7 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0) -> LayerCac
         staged_weight=None,
         length=jnp.zeros((spec.batch,), jnp.int32),
         written=jnp.zeros((spec.batch,), jnp.int32),
-        basis=init_basis(policy, spec, layer) if place.slots else None,
+        basis=init_basis(policy, spec, layer, part) if place.slots else None,
         policy=policy,
         spec=spec,
         refined=init_counters(policy, spec) if place.slots else None,
@@ -154,13 +166,13 @@ def init_counters(policy: CachePolicy, spec: CacheSpec) -> Array | None:
 
 
 def update(
-    cache: LayerCache,
+    cache: LayerCache | HeadPools,
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"] | None = None,
     lengths: Int[Array, "B"] | None = None,
     queries: Float[Array, "B T N H"] | None = None,
     output_projection: Float[Array, "N H D"] | None = None,
-) -> LayerCache:
+) -> LayerCache | HeadPools:
     """Stages new tokens: a whole prompt, a chunk of it, or one decode step.
 
     Args:
@@ -179,9 +191,12 @@ def update(
       ValueError: shapes that do not fit the spec, or no queries for a policy that asks for ``balance=channels``.
     """
     spec = cache.spec
-    _check_new_tokens(spec, k, v, lengths)
+    check_new_tokens(spec, k, v, lengths)
     if queries is None and cache.policy.resolved_front().balance == "channels":
         raise ValueError("balance=channels needs update(..., queries=q); give them, or use balance=off")
+    if isinstance(cache, HeadPools):
+        parts = zip(cache.pools, *map(cache.split, (k, v, queries), (2, 2, 2)), cache.split(output_projection, 0), strict=True)
+        return cache.replaced(update(pool, k, v, lengths, q, out) for pool, k, v, q, out in parts)
     cache = commit(cache)
     if lengths is None:
         count = jnp.full((spec.batch,), k.shape[1], jnp.int32)
@@ -271,30 +286,14 @@ def _own_basis(cache: LayerCache) -> Basis:
     return jax.tree.map(lambda a, b: a if a is b else jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
 
 
-def _check_new_tokens(spec: CacheSpec, k: Array, v: Array | None, lengths: Array | None) -> None:
-    if lengths is not None and lengths.shape != (spec.batch,):
-        raise ValueError(f"update needs lengths of shape [{spec.batch}], one per row, got {list(lengths.shape)}")
-    expected = (spec.batch, spec.kv_heads, spec.head_dim)
-    if k.ndim != 4 or (k.shape[0], *k.shape[2:]) != expected:
-        raise ValueError(
-            f"update needs keys [batch, tokens, kv_heads, head_dim] = [{spec.batch}, T, {spec.kv_heads}, "
-            f"{spec.head_dim}], got {list(k.shape)}"
-        )
-    if spec.latent_dim is not None:
-        if v is not None:
-            raise ValueError("a latent stream has no values of its own (they are a prefix of the keys): pass v=None")
-    elif v is None or v.shape != k.shape:
-        raise ValueError(f"update needs values of the keys' shape {list(k.shape)}, got {None if v is None else v.shape}")
-
-
 def staged_positions(cache: LayerCache, tokens: int) -> Int[Array, "B T"]:
     """Positions in the text of the ``tokens`` that come next."""
     return cache.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
 
 
-def commit(cache: LayerCache) -> LayerCache:
+def commit(cache: LayerCache | HeadPools) -> LayerCache | HeadPools:
     """Moves the staged tokens to where they belong: sinks, tail, or, encoded, the history."""
-    return cache if cache.staged is None else _commit_alike([cache])[0]
+    return commit_all((cache,))[0]
 
 
 def commit_all(caches: Sequence) -> tuple:
@@ -304,17 +303,17 @@ def commit_all(caches: Sequence) -> tuple:
     tokens of all layers are staged until then: for a step of few tokens.
     """
     groups: dict[tuple, list[int]] = {}
-    for i, cache in enumerate(caches):
+    done, structure_of_all = jax.tree.flatten(tuple(caches), is_leaf=lambda x: isinstance(x, LayerCache))
+    for i, cache in enumerate(done):
         if getattr(cache, "staged", None) is not None:
             arrays, structure = jax.tree.flatten((cache.staged, cache.tail, cache.basis, cache.staged_weight))
             shapes = tuple((x.shape, x.dtype) for x in arrays)
             alike = (cache.policy.codec, cache.policy.resolved_front(), cache.spec, cache.layout, structure, shapes)
             groups.setdefault(alike, []).append(i)
-    done = list(caches)
     for members in groups.values():
-        for i, found in zip(members, _commit_alike([caches[i] for i in members]), strict=True):
+        for i, found in zip(members, _commit_alike([done[i] for i in members]), strict=True):
             done[i] = found
-    return tuple(done)
+    return jax.tree.unflatten(structure_of_all, done)
 
 
 def _commit_alike(caches: list[LayerCache]) -> list[LayerCache]:

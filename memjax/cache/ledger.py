@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from memjax.cache.layer import LayerCache
 from memjax.cache.layout import layout
 from memjax.cache.policy import AnyLayerCache, CachePolicy, ModelCache, Policy, layer_policies
+from memjax.cache.pools import HeadPools, pools_of
 from memjax.cache.recurrent import RecurrentCache
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec
 from memjax.quantize.codec import Dense, KeyValueCodec
@@ -68,7 +69,7 @@ def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
         state, counters = _size((cache.conv, cache.state)), _size(cache.length)
         return Bytes(device=state + counters, state=state, counters=counters)
     if not isinstance(cache, LayerCache):
-        return sum((nbytes(layer) for layer in cache), Bytes())
+        return sum((nbytes(layer) for layer in (cache.pools if isinstance(cache, HeadPools) else cache)), Bytes())
     windows = _size((cache.sinks, cache.tail, cache.staged))
     counters = _size(
         (cache.length, cache.written, cache.staged_count, cache.staged_weight, cache.refined, cache.moments)
@@ -97,7 +98,8 @@ def predict_nbytes(policy: Policy, spec: LayerSpec | Sequence[LayerSpec]) -> Byt
         floats = (spec.conv_width - 1) * spec.conv_dim + spec.heads * spec.head_dim * spec.state_dim
         state, counters = 4 * spec.batch * floats, 4 * spec.batch
         return Bytes(device=state + counters, state=state, counters=counters)
-    return _predict_attention(policy.for_layer(0, 1), spec)
+    pools = pools_of(policy.for_layer(0, 1), spec)
+    return sum((_predict_attention(pool.policy, pool.spec) for pool in pools), Bytes())
 
 
 def _predict_attention(policy: CachePolicy, spec: CacheSpec) -> Bytes:

@@ -38,6 +38,7 @@ _NAMES = (
     "kvcompose",
     "massfold",
     "quest",
+    "duo",
     "host",
     "protect",
     "kernels",

@@ -7,6 +7,7 @@ from memjax.evict import (
     H2O,
     AdaKV,
     DropKV,
+    Duo,
     ExpectedAttention,
     KeyDiff,
     Knorm,
@@ -233,6 +234,21 @@ def massfold() -> CachePolicy:
 def quest(budget: int = 0, page: int = 16, dense_layers: int = 2) -> CachePolicy:
     """Keeps everything and reads the pages that may matter, ``budget`` tokens per kv head; see ``memjax.evict.quest``."""
     return CachePolicy(evictor=Quest(budget, page, dense_layers))
+
+
+def duo(
+    share: float = 0.5, sinks: int = 64, window: int = 256, file: str = "", multiple: int = 1, heads: str = ""
+) -> CachePolicy:
+    """A part of the heads keeps every token, the others sinks and a window; see ``memjax.evict.duo``.
+
+    Args:
+      share: of all the model's kv heads, those that keep everything.
+      sinks, window: what the others keep.
+      file: written by ``memjax gates``; "": the one of smollm2-135m that memjax brings along.
+      multiple: of which number a layer keeps heads of each kind: the devices over which a mesh spreads them.
+      heads: for one layer by itself, instead of share and file: "101" for three heads of which the middle one streams.
+    """
+    return CachePolicy(evictor=Duo(share, sinks, window, file, multiple, heads))
 
 
 def auto(

@@ -20,14 +20,15 @@ from memjax._compat import has_host_memory
 from memjax.attention.attend import attend as _attend
 from memjax.cache.layer import LayerCache, commit, init_layer
 from memjax.cache.layer import update as _update
+from memjax.cache.pools import HeadPools, pools_of
 from memjax.cache.recurrent import RecurrentCache, init_recurrent
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec, check_integers
-from memjax.evict import AdaKV, Budgeted, Evictor, MassFold, Quest, Rereading, Streaming
+from memjax.evict import AdaKV, Budgeted, Duo, Evictor, MassFold, Quest, Rereading, Streaming
 from memjax.offload import HostTier
 from memjax.quantize import Dense, FrontEnd, KeyValueCodec
 from memjax.quantize.calibration import check_fingerprint
 
-AnyLayerCache = LayerCache | RecurrentCache
+AnyLayerCache = LayerCache | HeadPools | RecurrentCache
 ModelCache = tuple[AnyLayerCache, ...]
 KERNELS = ("pallas", "xla")
 
@@ -225,20 +226,20 @@ class CachePolicy:
 
     def update(
         self,
-        cache: LayerCache,
+        cache: LayerCache | HeadPools,
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"] | None = None,
         lengths: Int[Array, "B"] | None = None,
         queries: Float[Array, "B T N H"] | None = None,
         output_projection: Float[Array, "N H D"] | None = None,
-    ) -> LayerCache:
+    ) -> LayerCache | HeadPools:
         """Stages new tokens, see ``memjax.cache.layer.update``."""
         self._check_own(cache)
         return _update(cache, k, v, lengths, queries, output_projection)
 
     def attend(
-        self, cache: LayerCache, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "B T N Hv"], LayerCache]:
+        self, cache: LayerCache | HeadPools, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T N Hv"], LayerCache | HeadPools]:
         """Reads the cache (``memjax.attention.attend``), then commits what was staged."""
         self._check_own(cache)
         return attend(cache, q, positions)
@@ -252,7 +253,8 @@ class CachePolicy:
         return self.tier is not None and not has_host_memory(jax.devices()[0])
 
     def _check_own(self, cache: LayerCache) -> None:
-        if cache.policy != self:
+        pools = [] if isinstance(cache, HeadPools) else pools_of(self, cache.spec)
+        if cache.policy != self and [pool.policy for pool in pools] != [cache.policy]:
             raise ValueError(f"this cache was made by policy {cache.policy}, not by {self}")
 
     def __str__(self) -> str:
@@ -275,7 +277,8 @@ class LayerwisePolicy:
     def for_layer(self, index: int, layers: int) -> CachePolicy:
         """The policy of layer ``index`` of ``layers``."""
         table = dict(self.overrides)
-        return table.get(index, table.get(index - layers, self.default))
+        policy = table.get(index, table.get(index - layers, self.default))
+        return policy.for_layer(index, layers) if isinstance(policy.evictor, Duo) else policy  # heads differ by layer anyhow
 
     def init(self, spec: LayerSpec | Sequence[LayerSpec]) -> AnyLayerCache | ModelCache:
         """Empty caches for a model's layers.
@@ -337,7 +340,10 @@ def _init(policy: Policy, spec: LayerSpec | Sequence[LayerSpec], layer: int = 0)
         raise ValueError("a per_layer policy needs the specs of all layers, got one spec")
     if isinstance(spec, RecurrentSpec):
         return init_recurrent(spec)
-    return init_layer(policy, spec, layer)
+    pools = pools_of(policy, spec)
+    if len(pools) == 1:
+        return init_layer(pools[0].policy, spec, layer)
+    return HeadPools(tuple(init_layer(pool.policy, pool.spec, layer, pool.part) for pool in pools), policy, spec)
 
 
 def layer_policies(policy: Policy, specs: Sequence[LayerSpec]) -> list[CachePolicy]:
@@ -349,8 +355,8 @@ def layer_policies(policy: Policy, specs: Sequence[LayerSpec]) -> list[CachePoli
 
 
 def attend(
-    cache: LayerCache, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
-) -> tuple[Float[Array, "B T N Hv"], LayerCache]:
+    cache: LayerCache | HeadPools, q: Float[Array, "B T N H"], positions: Int[Array, "B T"] | None = None
+) -> tuple[Float[Array, "B T N Hv"], LayerCache | HeadPools]:
     """Attention outputs of ``q`` over the cache, and the cache with its staged tokens committed."""
     out, cache = _attend(cache, q, positions)
     return out, commit(cache)
@@ -409,7 +415,11 @@ def _combine(first: CachePolicy, second: CachePolicy) -> CachePolicy:
 
 
 def check_calibration(policy: Policy, layers: int, fingerprint: str) -> None:
-    """Raises ValueError if a layer's calibration or sensitivity file was measured on another model than ``fingerprint``'s."""
+    """Raises ValueError if a file of what was measured is of another model than the one with ``fingerprint``."""
+    whole = [policy.default, *dict(policy.overrides).values()] if isinstance(policy, LayerwisePolicy) else [policy]
+    for each in whole:
+        if isinstance(each.evictor, Duo):
+            each.evictor.check_model(layers, fingerprint)
     policies = dict.fromkeys(policy.for_layer(i, layers) for i in range(layers))
     for path in sorted({each.resolved_front().calibration for each in policies} - {""}):
         check_fingerprint(path, fingerprint)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from memjax._compat import host_memory_kinds
 from memjax.cache.layer import LayerCache
 from memjax.cache.policy import AnyLayerCache, ModelCache, Policy, abstract, layer_policies
+from memjax.cache.pools import HeadPools, Pool, pools_of
 from memjax.cache.spec import CacheSpec, LayerSpec
 from memjax.offload import pool
 
@@ -25,7 +26,8 @@ def shardings(
 
     Batch goes over ``batch_axis``, kv heads (heads of a recurrent state) over ``head_axis``; None: replicated. A latent
     stream has one head and is replicated over ``head_axis``, as are the convolution state and a history that heads share
-    (``adakv``). The host tier's arrays get the memory kind ``pinned_host`` where the devices have one.
+    (``adakv``). Heads of ``duo`` are spread pool by pool. The host tier's arrays get the memory kind ``pinned_host`` where the
+    devices have one.
 
     Raises:
       ValueError: an axis that the mesh lacks, a size that it does not divide, or pages of the host tier that its devices
@@ -34,6 +36,11 @@ def shardings(
     if isinstance(spec, Sequence):
         layers = zip(layer_policies(policy, spec), spec, strict=True)
         return tuple(shardings(one, each, mesh, batch_axis, head_axis) for one, each in layers)
+    pools = pools_of(policy, spec) if isinstance(spec, CacheSpec) else []
+    if len(pools) > 1:
+        _check_pools(pools, mesh, head_axis)
+        placed = (shardings(pool.policy, pool.spec, mesh, batch_axis, head_axis) for pool in pools)
+        return HeadPools(tuple(placed), policy, spec)
     latent = isinstance(spec, CacheSpec) and spec.latent_dim is not None
     heads = (spec.kv_heads if isinstance(spec, CacheSpec) else spec.heads) if head_axis and not latent else None
     _check_axis(mesh, batch_axis, spec.batch, "batch")
@@ -55,6 +62,15 @@ def shardings(
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(place, cache)
+
+
+def _check_pools(pools: list[Pool], mesh: Mesh, axis: str | None) -> None:
+    sizes, devices = [pool.spec.kv_heads for pool in pools], mesh.shape.get(axis, 1)
+    if any(size % devices for size in sizes):
+        raise ValueError(
+            f"duo keeps pools of {' and '.join(map(str, sizes))} kv heads in a layer, which do not all divide over the "
+            f"{devices} devices of axis {axis!r}; say multiple={devices}, or head_axis=None"
+        )
 
 
 def _check_axis(mesh: Mesh, axis: str | None, size: int, what: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from memjax.attention.rope import Rope
 
@@ -106,6 +107,23 @@ class CacheSpec:
     def values_per_token(self) -> int:
         """Numbers that one token leaves in this layer."""
         return self.head_dim if self.latent_dim else 2 * self.kv_heads * self.head_dim
+
+
+def check_new_tokens(spec: CacheSpec, k: Array, v: Array | None, lengths: Array | None) -> None:
+    """Raises ValueError if what ``update`` was given does not fit ``spec``."""
+    if lengths is not None and lengths.shape != (spec.batch,):
+        raise ValueError(f"update needs lengths of shape [{spec.batch}], one per row, got {list(lengths.shape)}")
+    expected = (spec.batch, spec.kv_heads, spec.head_dim)
+    if k.ndim != 4 or (k.shape[0], *k.shape[2:]) != expected:
+        raise ValueError(
+            f"update needs keys [batch, tokens, kv_heads, head_dim] = [{spec.batch}, T, {spec.kv_heads}, "
+            f"{spec.head_dim}], got {list(k.shape)}"
+        )
+    if spec.latent_dim is not None:
+        if v is not None:
+            raise ValueError("a latent stream has no values of its own (they are a prefix of the keys): pass v=None")
+    elif v is None or v.shape != k.shape:
+        raise ValueError(f"update needs values of the keys' shape {list(k.shape)}, got {None if v is None else v.shape}")
 
 
 @dataclass(frozen=True)

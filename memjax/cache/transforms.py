@@ -17,7 +17,8 @@ from memjax.attention.attend import history_positions, host_positions
 from memjax.cache.bounds import bounds_of
 from memjax.cache.encode import encode, fit_codec, init_basis
 from memjax.cache.layer import LayerCache, commit, init_counters
-from memjax.cache.policy import CachePolicy, ModelCache
+from memjax.cache.policy import AnyLayerCache, CachePolicy, ModelCache
+from memjax.cache.pools import HeadPools, Part, pools_of
 from memjax.cache.recurrent import RecurrentCache
 from memjax.cache.slots import pad, take
 from memjax.offload import HostTier, pool
@@ -25,7 +26,7 @@ from memjax.pallas_kernels.slots import FREE, positions
 from memjax.quantize import Dense, FrontEnd, KeyValueCodec
 from memjax.quantize.front import measure
 
-OneOrAll = LayerCache | ModelCache
+OneOrAll = LayerCache | HeadPools | ModelCache
 
 
 def quantize(cache: OneOrAll, codec: KeyValueCodec | CachePolicy) -> OneOrAll:
@@ -41,10 +42,12 @@ def quantize(cache: OneOrAll, codec: KeyValueCodec | CachePolicy) -> OneOrAll:
     if isinstance(codec, CachePolicy):
         codec = dataclasses.replace(codec, front=None)
     codec = _one_axis("quantize", "codec", codec, KeyValueCodec, "mj.int4()")
-    return _each(cache, lambda layer, index: _quantize(layer, index, codec, front))
+    return _each(cache, lambda layer, index, part: _quantize(layer, index, part, codec, front))
 
 
-def _quantize(cache: LayerCache, index: int, codec: KeyValueCodec, front: FrontEnd | None) -> LayerCache:
+def _quantize(
+    cache: LayerCache, index: int, part: Part | None, codec: KeyValueCodec, front: FrontEnd | None
+) -> LayerCache:
     if cache.policy.codec != Dense():
         raise ValueError(f"quantize starts from a dense history, but this one is {cache.policy.codec.name} already")
     if codec.tile > 1:
@@ -58,7 +61,7 @@ def _quantize(cache: LayerCache, index: int, codec: KeyValueCodec, front: FrontE
         return dataclasses.replace(cache, policy=policy)
     refined = init_counters(policy, spec)
     _check_pages("quantize", codec, cache.history.slots)
-    basis, position = init_basis(policy, spec, index), positions(history_positions(cache), cache.history.slots)
+    basis, position = init_basis(policy, spec, index, part), positions(history_positions(cache), cache.history.slots)
     whole, at = cache.history, position
     if cache.host is not None:
         whole = pool.load(cache.host, cache.history)
@@ -105,11 +108,13 @@ def evict(
     """
     if isinstance(cache, LayerCache):
         return _evict(cache, scores, budget, room)
+    if any(isinstance(layer, HeadPools) for layer in ((cache,) if isinstance(cache, HeadPools) else cache)):
+        raise ValueError("evict keeps as many tokens of every head of a layer, but duo keeps its heads apart; leave it away")
     attention = sum(isinstance(layer, LayerCache) for layer in cache)
     if len(scores) != attention:
         raise ValueError(f"evict needs one array of scores per attention layer, {attention}, got {len(scores)}")
     remaining = iter(scores)
-    return _each(cache, lambda layer, _: _evict(layer, next(remaining), budget, room))
+    return _each(cache, lambda layer, *_: _evict(layer, next(remaining), budget, room))
 
 
 def _evict(cache: LayerCache, scores: Array, budget: int, room: int) -> LayerCache:
@@ -149,7 +154,7 @@ def offload(cache: OneOrAll, tier: HostTier | CachePolicy) -> OneOrAll:
       ValueError: the history has a tier already, an eviction left holes in it, or something that is no tier.
     """
     tier = _one_axis("offload", "tier", tier, HostTier, "mj.host(256)")
-    return _each(cache, lambda layer, _: _offload(layer, tier))
+    return _each(cache, lambda layer, *_: _offload(layer, tier))
 
 
 def _offload(cache: LayerCache, tier: HostTier) -> LayerCache:
@@ -179,6 +184,21 @@ def _one_axis(transform: str, field: str, given, kind: type, example: str):
 
 
 def _each(cache: OneOrAll, transform) -> OneOrAll:
+    """``transform(cache, number of the layer, which heads of it)`` of every attention layer, or pool of one."""
+    if isinstance(cache, LayerCache | HeadPools):
+        return _layer(cache, 0, transform)
+    return tuple(_layer(each, i, transform) for i, each in enumerate(cache))
+
+
+def _layer(cache: AnyLayerCache, index: int, transform) -> AnyLayerCache:
+    if isinstance(cache, RecurrentCache):
+        return cache
     if isinstance(cache, LayerCache):
-        return transform(cache, 0)
-    return tuple(each if isinstance(each, RecurrentCache) else transform(each, i) for i, each in enumerate(cache))
+        return transform(cache, index, None)
+    made = pools_of(cache.policy, cache.spec)
+    pools = [transform(pool, index, each.part) for pool, each in zip(cache.pools, made, strict=True)]
+    axes = {name: getattr(pools[0].policy, name) for name in ("codec", "front", "tier", "windows")}
+    policy = dataclasses.replace(cache.policy, **axes)
+    made = pools_of(policy, cache.spec)  # the same as if it had been made with it
+    pools = [dataclasses.replace(pool, policy=each.policy) for pool, each in zip(pools, made, strict=True)]
+    return HeadPools(tuple(pools), policy, cache.spec)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from memjax.cache.layer import LayerCache
+from memjax.cache.layer import layer_caches
 from memjax.cache.ledger import dense_nbytes_per_token, nbytes
 from memjax.cache.policy import CachePolicy, ModelCache, Policy
 from memjax.evaluate.layerwise import read_layers
@@ -184,7 +184,7 @@ class Reader:
           ValueError: the policy cannot serve the model, or not in the static setting.
         """
         cache = self.model.init_cache(job.policy, 1, self.capacity, dtype)
-        if job.static and self.setup.chunk > 1 and any(isinstance(one, LayerCache) and one.layout.ring for one in cache):
+        if job.static and self.setup.chunk > 1 and any(one.layout.ring for one in layer_caches(cache)):
             raise ValueError(
                 f"{job.policy} forgets tokens, by eviction or in layers with a sliding window: compressed before it is read, "
                 "a chunk would push out what its first tokens see. Use the accumulated setting or chunks of one token"
@@ -285,7 +285,7 @@ def token_metrics(wanted: Float[Array, "T V"], found: Float[Array, "T V"], follo
 
 def refined_fraction(cache: ModelCache) -> float | None:
     """Of the pages that decode steps have read, how many they have read in full; None where no layer counts them."""
-    counted = [one.refined for one in cache if isinstance(one, LayerCache) and one.refined is not None]
+    counted = [one.refined for one in layer_caches(cache) if one.refined is not None]
     refined, read = np.sum([np.asarray(each, np.float64).sum(axis=0) for each in counted], axis=0) if counted else (0, 0)
     return float(refined / read) if read else None
 

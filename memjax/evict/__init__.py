@@ -2,6 +2,7 @@
 
 from memjax.evict.adakv import AdaKV
 from memjax.evict.dropkv import DropKV
+from memjax.evict.duo import Duo
 from memjax.evict.evictor import Budgeted, Evictor, Limited
 from memjax.evict.expected_attention import ExpectedAttention
 from memjax.evict.h2o import H2O
@@ -22,6 +23,7 @@ __all__ = [
     "AdaKV",
     "Budgeted",
     "DropKV",
+    "Duo",
     "Evictor",
     "ExpectedAttention",
     "KVCompose",

@@ -20,6 +20,7 @@ from memjax.attention.recall import recall, recalled
 from memjax.cache.layer import LayerCache, commit, update
 from memjax.cache.ledger import nbytes
 from memjax.cache.policy import AnyLayerCache, ModelCache, lengths
+from memjax.cache.pools import HeadPools
 from memjax.cache.transforms import evict
 from memjax.evict import Rereading
 from memjax.models.decoder import Decoder
@@ -122,6 +123,8 @@ def scores(
       ValueError: prompts that are not what the cache holds, a cache that has lost tokens already or that has no history, a
         model without a tokenizer, or no chunk.
     """
+    if any(isinstance(layer, HeadPools) for layer in cache):
+        raise ValueError(f"{method.name} scores all heads of a layer, but duo keeps them apart; read the prompt without it")
     cache = tuple(commit(layer) if isinstance(layer, LayerCache) else layer for layer in cache)
     held = np.asarray(lengths(cache)).tolist()
     if held != [len(prompt) for prompt in prompts] or min(held) == 0:

@@ -10,8 +10,6 @@ that one stream alone is coded: every token but the first four, before it is rea
 
 from __future__ import annotations
 
-import functools
-import importlib.resources
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-VERSION = 1
+from memjax import measured
+
 OPTIONS = (2, 3, 4, 8)  # bits of a code
-LARGEST_FILE = 2**20  # bytes
-BUNDLED, BUNDLED_MODEL = "sensitivity_smollm2_135m.json", "smollm2-135m"
 _MEASURE = "measure this model with `memjax sensitivity --model MODEL --text-file TEXT --out FILE` and say file=FILE"
+KIND = measured.Kind("sensitivity", 1, "sensitivity_smollm2_135m.json", _MEASURE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +69,7 @@ def save_sensitivity(path: str | Path, table: Sensitivity) -> None:
     def row(numbers: np.ndarray) -> list[float]:
         return [float(f"{number:.4g}") for number in numbers]
 
-    record = {"memjax": "sensitivity", "version": VERSION, "fingerprint": table.fingerprint, "tokens": table.tokens}
+    record = KIND.head() | {"fingerprint": table.fingerprint, "tokens": table.tokens}
     layers = [{"keys": row(k), "values": row(v)} for k, v in zip(table.keys, table.values, strict=True)]
     record |= {"bits": list(table.bits), "layers": layers}
     Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -84,44 +82,14 @@ def load_sensitivity(path: str | Path = "") -> Sensitivity:
       FileNotFoundError: no such file.
       ValueError: a file that is too large, damaged, of another kind or version, or with numbers that no measurement gives.
     """
-    found = Path(path) if str(path) else importlib.resources.files("memjax.data") / BUNDLED
-    if not found.is_file():
-        raise FileNotFoundError(f"no sensitivity file {found}: {_MEASURE}")
-    if isinstance(found, Path):
-        return _read(str(found), found.stat().st_mtime_ns)
-    return _parse(str(found), found.read_text(encoding="utf-8"))  # inside an archive
+    return measured.load(KIND, path, _parse)
 
 
-@functools.lru_cache(maxsize=16)
-def _read(path: str, changed: int) -> Sensitivity:
-    del changed  # part of the key: a file that was written anew is read anew
-    size = Path(path).stat().st_size
-    if size > LARGEST_FILE:
-        raise ValueError(f"{path} has {size} bytes, a sensitivity file at most {LARGEST_FILE}")
-    try:
-        return _parse(path, Path(path).read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no sensitivity file: {error}") from error
-
-
-def _parse(path: str, text: str) -> Sensitivity:
-    try:
-        record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no sensitivity file: {error}") from error
-    if not isinstance(record, dict) or record.get("memjax") != "sensitivity":
-        raise ValueError(f"{path} is JSON, but none that `memjax sensitivity` wrote")
-    if record.get("version") != VERSION:
-        raise ValueError(f"{path} is a sensitivity file of version {record.get('version')!r}, this memjax reads {VERSION}")
-    try:
-        layers = record["layers"]
-        keys, values = (np.array([layer[side] for layer in layers], np.float64) for side in ("keys", "values"))
-        bits = tuple(int(b) for b in record["bits"])
-        return Sensitivity(str(record["fingerprint"]), int(record["tokens"]), bits, keys, values)
-    except KeyError as error:
-        raise ValueError(f"{path} is a damaged sensitivity file: it lacks {error}") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is a damaged sensitivity file: {error}") from error
+def _parse(record: dict) -> Sensitivity:
+    layers = record["layers"]
+    keys, values = (np.array([layer[side] for layer in layers], np.float64) for side in ("keys", "values"))
+    bits = tuple(int(b) for b in record["bits"])
+    return Sensitivity(str(record["fingerprint"]), int(record["tokens"]), bits, keys, values)
 
 
 def check_sensitivity(path: str, layers: int, fingerprint: str | None = None) -> Sensitivity:
@@ -135,7 +103,7 @@ def check_sensitivity(path: str, layers: int, fingerprint: str | None = None) ->
       FileNotFoundError: no such file.
       ValueError: a file that cannot be read, or of another model.
     """
-    table, name = load_sensitivity(path), path or f"the sensitivity file that memjax brings along for {BUNDLED_MODEL}"
+    table, name = load_sensitivity(path), KIND.title(path)
     if fingerprint not in (None, table.fingerprint):
         raise ValueError(
             f"{name} was measured on another model (fingerprint {table.fingerprint}, this one is {fingerprint}): {_MEASURE}"
