@@ -70,6 +70,7 @@ def test_compare_prints_and_saves_a_row_per_policy(monkeypatch, capsys, tmp_path
         (["eval", "--suite", "evict", "--sample", "8"], "no --setting and no --sample"),
         (["eval", "--suite", "evict", "--tokens", "0"], "tokens, chunk >= 1"),
         (["eval", "--suite", "evict", "--policy", "h2o(64)"], "leaves its budget open, such as 'snapkv"),
+        (["gates", "--out", "no/where.json"], "no folder"),
         (["eval", "--sample", "-1"], "must be >= 0"),
         (["eval", "--json", "no/where.json"], "no folder"),
         (["eval", "--plot", "no/where.png"], "no folder"),

@@ -117,12 +117,12 @@ CODED += ["zipcache(4,2,16,8,0.5)+protect(2,4)", f"int8({RAW})+protect(2,6)+host
 @pytest.mark.parametrize("text", CODED)
 def test_a_pool_is_what_its_heads_alone_would_be(text):
     policy = mj.policy("duo(sinks=4,window=16,heads=101)+" + text)
-    out, cache = run(policy.init(SPEC), TEXT, [24, 24, 1], PROJECTION)
+    out, cache = run(policy.init(SPEC), TEXT, [24, 24], PROJECTION)
     assert mj.nbytes(cache) == mj.predict_nbytes(policy, SPEC)
     for heads, alone in ((KEPT, mj.policy(text)), (STREAMS, mj.policy("streaming(4,16,positions=text)+" + text))):
         spec = dataclasses.replace(SPEC, kv_heads=len(heads), q_heads=GROUPS * len(heads))
         projection = PROJECTION[queries_of(heads)]
-        expected, pool = run(alone.init(spec), of_heads(TEXT, heads), [24, 24, 1], projection)
+        expected, pool = run(alone.init(spec), of_heads(TEXT, heads), [24, 24], projection)
         np.testing.assert_allclose(out[:, :, queries_of(heads)], expected, atol=2e-3)
         assert jax.tree.structure(pool) == jax.tree.structure(cache.pools[heads == STREAMS])
 

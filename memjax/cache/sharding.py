@@ -30,8 +30,8 @@ def shardings(
     devices have one.
 
     Raises:
-      ValueError: an axis that the mesh lacks, a size that it does not divide, or pages of the host tier that its devices
-        cannot move.
+      ValueError: an axis that the mesh lacks, a size that it does not divide (of one of ``duo``'s pools, too), or pages of the
+        host tier that its devices cannot move.
     """
     if isinstance(spec, Sequence):
         layers = zip(layer_policies(policy, spec), spec, strict=True)

@@ -14,12 +14,12 @@ This is an estimate by one forward pass, not the paper's gates: those are traine
 both outputs, for 2,000 steps with a penalty, and can see that heads make up for each other. kvpress has another
 training-free estimate, from mean queries and keys, which needs no hidden numbers; the two have not been compared.
 
-smollm2-135m, other numbers in 1,400 tokens of another part of the novel, the KL divergence of their recited digits to the
-model with all heads whole: .0018 with half of the heads by the gates that memjax brings along, 1.8 with a random half;
-.0051 and 2.0 with a quarter; 2.0 with all heads streaming. An earlier arrangement of the numbers gave, for half of the
-heads, .0037 this way, .0058 by changes relative to the head's own output, .025 by the attention mass that is lost, .032 by
-changes at all tokens of the text. (One text, float32, heads masked, no codec; the divergence on the text itself was .01
-with half of the heads, .036 at random.)
+On smollm2-135m, with other numbers hidden in another part of the novel, 1,400 tokens, the KL divergence of the recited
+digits to the model with all heads whole is .0018 with half of the heads by the gates that memjax brings along, 1.8 with a
+random half; .0051 and 2.0 with a quarter; 2.0 with all heads streaming. An earlier arrangement of the numbers gave, for
+half of the heads, .0037 this way, .0058 by changes relative to the head's own output, .025 by the attention mass that is
+lost, .032 by changes at all tokens of the text. (One text, float32, heads masked, no codec; the divergence on the text
+itself was .01 with half of the heads, .036 at random.)
 """
 
 from __future__ import annotations
