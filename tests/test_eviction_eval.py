@@ -29,6 +29,7 @@ from memjax.evaluate.eviction import (
 from memjax.evaluate.eviction_report import eviction_markdown, eviction_plot, eviction_table
 from memjax.evaluate.passkey import Multikey, Passkey
 from memjax.evaluate.report import save_json
+from memjax.evict import Duo
 
 H2O = "h2o({budget})+protect(2,8)"
 SMALL = EvictionEvaluation(
@@ -198,11 +199,16 @@ def test_the_command_line_writes_everything(result, tmp_path, monkeypatch):
 def test_methods_leave_their_budget_open():
     assert [Method(text).name for text in METHODS][:3] == ["streaming(4)", "h2o", "tova"]
     for text in METHODS:
-        policy = Method(text).policy(256)
-        layer = policy.for_layer(0, 1)
-        kept = layer.evictor.tokens(4096) if hasattr(layer.evictor, "tokens") else 4 + layer.evictor.window
-        assert kept == 256
-    assert str(Method("h2o({budget},normalised=true)+int4").policy(99)) == "h2o(99,normalised=true)+int4"
+        evictor = Method(text).policy(512, 4096).evictor
+        if isinstance(evictor, Duo):
+            kept = 4096 * evictor.share + (evictor.sinks + evictor.window) * (1 - evictor.share)
+        else:
+            kept = evictor.tokens(4096) if hasattr(evictor, "tokens") else 4 + evictor.window
+        assert kept == pytest.approx(512, rel=1e-4)
+    assert str(Method("h2o({budget},normalised=true)+int4").policy(99, 200)) == "h2o(99,normalised=true)+int4"
+    assert Method("duo({share})").policy(4096, 4096).evictor.share == 1
+    with pytest.raises(ValueError, match="duo keeps 320 tokens in every head, got a budget of 256 of 4096"):
+        Method("duo({share})").policy(256, 4096)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from memjax.evaluate.generated import UNCOMPRESSED
 from memjax.evaluate.layerwise import read_layers
 from memjax.evaluate.passkey import Multikey, Passkey
 from memjax.evaluate.suite import Result, Text, circumstances
+from memjax.evict import Duo
 from memjax.generate.reread import compress, rereading
 from memjax.models.load import LanguageModel
 
@@ -55,27 +56,37 @@ METHODS = (
     "keydiff({budget})",
     "kvzip({budget})",
     "kvcompose({budget})",
+    "duo({share})",
+    "streaming(4,{window})+int8",
+    "h2o({budget})+int4(rotate=true)",
+    "snapkv({budget})+turboquant(4,4)",
 )
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
+_OPEN = r"\{(budget|window|share)\}"
 SINKS = 4  # what {window} leaves of the budget to streaming's sinks
 TASKS = {"passkey": Passkey, "multikey": Multikey}
 
 
 @dataclass(frozen=True)
 class Method:
-    """An evictor whose budget is left open: a policy's string form with ``{budget}`` or ``{window}`` (four less) in it.
+    """An evictor whose budget is left open in a policy's string form.
+
+    ``{budget}`` stands for the tokens that stay, ``{window}`` for four less, ``{share}`` for the part of the heads that keep
+    every token, if the others keep what ``duo`` leaves them and all together the budget on average.
 
     Raises:
-      ValueError: no such place in the text.
+      ValueError: no such place in the text, or a budget below what every head keeps.
 
-    >>> Method("snapkv({budget},pool=max)+int8").name, str(Method("streaming(4,{window})").policy(64))
+    >>> Method("snapkv({budget},pool=max)+int8").name, str(Method("streaming(4,{window})").policy(64, 256))
     ('snapkv(pool=max)+int8', 'streaming(4,60)')
+    >>> str(Method("duo({share})").policy(1024, 3136))
+    'duo(share=0.25)'
     """
 
     template: str
 
     def __post_init__(self):
-        if not re.search(r"\{(budget|window)\}", self.template) or re.search(r"\{(?!(budget|window)\})", self.template):
+        if not re.search(_OPEN, self.template) or "{" in re.sub(_OPEN, "", self.template):
             raise ValueError(
                 f"a method of the suite evict leaves its budget open, such as 'snapkv({{budget}})', got {self.template!r}"
             )
@@ -85,9 +96,15 @@ class Method:
         """The template without the budget."""
         return re.sub(r"\{\w+\},?|,\{\w+\}", "", self.template).replace("()", "")
 
-    def policy(self, budget: int) -> CachePolicy:
-        """The policy that keeps ``budget`` tokens."""
-        return parse_policy(self.template.replace("{budget}", str(budget)).replace("{window}", str(budget - SINKS)))
+    def policy(self, budget: int, tokens: int) -> CachePolicy:
+        """The policy that keeps ``budget`` of ``tokens`` tokens."""
+        text = self.template.replace("{budget}", str(budget)).replace("{window}", str(budget - SINKS))
+        if "{share}" in text:
+            least = Duo.sinks + Duo.window
+            if budget < least:
+                raise ValueError(f"{self.name} keeps {least} tokens in every head, got a budget of {budget} of {tokens}")
+            text = text.replace("{share}", f"{(budget - least) / (tokens - least):.6g}" if tokens > budget else "1.0")
+        return parse_policy(text)
 
 
 @dataclass(frozen=True)
@@ -134,7 +151,7 @@ class EvictionEvaluation:
     def jobs(self) -> list[tuple[str, float, CachePolicy]]:
         """Name, kept fraction and policy of everything that is measured."""
         named = [Method(text) for text in self.methods or METHODS]
-        return [(m.name, fraction, m.policy(self.budget(fraction))) for m in named for fraction in self.fractions]
+        return [(m.name, fraction, m.policy(self.budget(fraction), self.tokens)) for m in named for fraction in self.fractions]
 
     def budget(self, fraction: float) -> int:
         """Tokens that a fraction of the text is."""
