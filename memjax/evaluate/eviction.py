@@ -45,6 +45,7 @@ NOVEL = Text("novel", "moby_dick_excerpt.txt")
 METHODS = (
     "streaming(4,{window})",
     "h2o({budget})",
+    "h2o({budget})+protect(4,{half})",
     "tova({budget})",
     "snapkv({budget})",
     "snapkv({budget})+massfold",
@@ -62,7 +63,7 @@ METHODS = (
     "snapkv({budget})+turboquant(4,4)",
 )
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
-_OPEN = r"\{(budget|window|share)\}"
+_OPEN = r"\{(budget|window|half|share)\}"
 SINKS = 4  # what {window} leaves of the budget to streaming's sinks
 TASKS = {"passkey": Passkey, "multikey": Multikey}
 
@@ -71,8 +72,8 @@ TASKS = {"passkey": Passkey, "multikey": Multikey}
 class Method:
     """An evictor whose budget is left open in a policy's string form.
 
-    ``{budget}`` stands for the tokens that stay, ``{window}`` for four less, ``{share}`` for the part of the heads that keep
-    every token, if the others keep what ``duo`` leaves them and all together the budget on average.
+    ``{budget}`` stands for the tokens that stay, ``{window}`` for four less, ``{half}`` for half of them, ``{share}`` for the
+    part of the heads that keep every token, if the others keep what ``duo`` leaves them and all the budget on average.
 
     Raises:
       ValueError: no such place in the text, or a budget below what every head keeps.
@@ -98,7 +99,8 @@ class Method:
 
     def policy(self, budget: int, tokens: int) -> CachePolicy:
         """The policy that keeps ``budget`` of ``tokens`` tokens."""
-        text = self.template.replace("{budget}", str(budget)).replace("{window}", str(budget - SINKS))
+        numbers = {"budget": budget, "window": budget - SINKS, "half": budget // 2}
+        text = re.sub(_OPEN, lambda match: str(numbers.get(match[1], match[0])), self.template)
         if "{share}" in text:
             least = Duo.sinks + Duo.window
             if budget < least:

@@ -7,7 +7,7 @@ cache, four sinks and 64 recent tokens unless said otherwise. Early tokens have 
 ``normalised=true`` the score is divided by their number (kvpress' ObservedAttention).
 
 Deviation: scores are the mean over the query heads that share a kv head; the paper's models have one query head per kv head. A
-chunk of a prompt is scored with all its queries, whose logits over the cache exist at that moment: G T S numbers per kv head.
+chunk of a prompt is scored with all its queries, 64 at a time, whose logits over the cache exist at that moment.
 """
 
 from __future__ import annotations
