@@ -197,7 +197,7 @@ def test_one_head_has_nothing_to_share():
 
 
 BAD = {
-    "adakv": (SPEC, "needs a budget in tokens or a fraction"),
+    "adakv": (SPEC, "needs a budget in tokens, a fraction"),
     f"adakv({BUDGET},alpha=1.5)": (SPEC, "adakv needs alpha between 0 and 1, got 1.5"),
     "adakv(64)+kivi(2)": (SPEC, "cannot take single ones"),
     "adakv(40)" + WINDOWS: (dataclasses.replace(SPEC, softcap=30.0), "softcap"),

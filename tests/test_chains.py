@@ -71,8 +71,8 @@ def test_every_chain_is_made_or_refused(evictor, window, sensitivity_file):
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("window", WINDOWS)
-def test_heads_of_two_kinds_go_with_every_codec(codec, window, file):
-    codec = f"auto(bits=10,file={file})" if codec == "auto" else codec
+def test_heads_of_two_kinds_go_with_every_codec(codec, window, sensitivity_file):
+    codec = f"auto(bits=10,file={sensitivity_file})" if codec == "auto" else codec
     policy, specs = chained(DUO, codec, WINDOWS[window]), [SPEC] * 2
     assert mj.policy(str(policy)) == policy
     caches = mj.abstract(policy, specs)

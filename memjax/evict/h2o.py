@@ -26,7 +26,7 @@ from memjax.evict.observer import EveryQuery
 class H2O(Budgeted):
     """Accumulated attention.
 
-    >>> H2O(256).tokens(capacity=4096), H2O(fraction=0.25).tokens(capacity=4096)
+    >>> H2O(256).tokens(4096), H2O(fraction=0.25).tokens(4096)
     (256, 1024)
     """
 
