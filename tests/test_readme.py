@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from memjax import cli
-from memjax.evaluate.markdown import codec_markdown, evaluation_markdown, markdown
+from memjax.evaluate.eviction_report import eviction_markdown
+from memjax.evaluate.markdown import codec_markdown, evaluation_markdown, eviction_summary, markdown
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,6 +65,12 @@ def test_the_table_of_codecs_is_the_committed_result():
     result = json.loads((ROOT / "benchmarks" / "results" / "kv_eval.json").read_text())
     assert codec_markdown(result, intervals=False) in README
     assert evaluation_markdown(result) == (ROOT / "benchmarks" / "results" / "kv_eval.md").read_text()
+
+
+def test_the_table_of_evictors_is_the_committed_result():
+    result = json.loads((ROOT / "benchmarks" / "results" / "evict_eval.json").read_text())
+    assert eviction_summary(result) in README
+    assert eviction_markdown(result) == (ROOT / "benchmarks" / "results" / "evict_eval.md").read_text()
 
 
 def test_named_files_exist():

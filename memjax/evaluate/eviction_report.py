@@ -13,6 +13,7 @@ from memjax.evaluate.generated import UNCOMPRESSED
 from memjax.evaluate.report import COLOURS, SMALLEST_KLD
 
 _MARKERS = "osD^vPX<>*"
+_BESIDE_LINES = 8  # methods; a longer legend would hide them
 _TASKS = tuple(itertools.product(("passkey", "multikey"), ("hidden", "shown")))
 _NAMES = {"passkey": "pass key", "multikey": "multi-key"}
 
@@ -96,7 +97,7 @@ def eviction_plot(result: Mapping, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     tasks = _tasks(result)
-    figure = Figure(figsize=(14 if tasks else 7, 6.4), layout="constrained")
+    figure = Figure(figsize=(14 if tasks else 8.6, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 4)
     axes = figure.add_subplot(grid[:, :2] if tasks else grid[:, :])
@@ -106,7 +107,10 @@ def eviction_plot(result: Mapping, path: str | Path) -> None:
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title("KL divergence to the uncompressed model, nats per token of a continuation", loc="left", fontsize=10)
-    axes.legend(fontsize=9)
+    if len({row["name"] for row in rows}) <= _BESIDE_LINES:
+        axes.legend(fontsize=9)
+    else:
+        figure.legend(*axes.get_legend_handles_labels(), fontsize=9, loc="outside right center")
     for i, (kind, question) in enumerate(tasks):
         panel = figure.add_subplot(grid[i // 2, 2 + i % 2])
         own = [(row, *_surprise(row, kind, question)) for row in rows]

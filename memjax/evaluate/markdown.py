@@ -104,7 +104,8 @@ def eviction_summary(result: Mapping) -> str:
     lines = [f"| evictor | {' | '.join(header)} |", "|---" + "|--:|--:" * len(fractions) + "|"]
     for name in dict.fromkeys(row["name"] for row in rows):
         own = {row["fraction"]: row for row in rows if row["name"] == name}
-        cells = [f"{own[each]['compression']:.1f} | {own[each]['kld_mean']:.2g}" for each in fractions]
+        shown = [own.get(fraction) for fraction in fractions]
+        cells = ["- | -" if row is None else f"{row['compression']:.1f} | {row['kld_mean']:.2g}" for row in shown]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
