@@ -197,7 +197,7 @@ def test_the_command_line_writes_everything(result, tmp_path, monkeypatch):
 
 
 def test_methods_leave_their_budget_open():
-    assert [Method(text).name for text in METHODS][:3] == ["streaming(4)", "h2o", "tova"]
+    assert [Method(text).name for text in METHODS][:3] == ["streaming(4)", "h2o", "h2o+protect(4)"]
     for text in METHODS:
         evictor = Method(text).policy(512, 4096).evictor
         if isinstance(evictor, Duo):
