@@ -54,6 +54,22 @@ def load[T](kind: Kind, path: str | Path, parse: Callable[[dict], T]) -> T:
     return _parse(kind, str(found), found.read_text(encoding="utf-8"), parse)  # inside an archive
 
 
+def check_model(kind: Kind, path: str, found: tuple[str, int], layers: int, fingerprint: str | None) -> None:
+    """Raises ValueError if a file is of another model.
+
+    Args:
+      found: the fingerprint in the file and the number of its layers.
+      layers, fingerprint: the model's; None: not known.
+    """
+    name, (measured, count) = kind.title(path), found
+    if fingerprint is not None and measured != fingerprint:
+        raise ValueError(
+            f"{name} was measured on another model (fingerprint {measured}, this one is {fingerprint}): {kind.advice}"
+        )
+    if count != layers:
+        raise ValueError(f"{name} is of a model with {count} layers, this one has {layers}: {kind.advice}")
+
+
 @functools.lru_cache(maxsize=16)
 def _read[T](kind: Kind, path: str, changed: int, parse: Callable[[dict], T]) -> T:
     del changed  # part of the key: a file that was written anew is read anew

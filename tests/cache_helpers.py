@@ -127,14 +127,19 @@ def step(cache, q, k, v, lengths=None):
     return mj.attend(mj.update(cache, k, v, lengths), q)
 
 
-def run(cache, tokens, sizes):
-    """Outputs [B, T, N, H] of tokens (q, k, v) that come in chunks of ``sizes``, and the cache."""
+def in_chunks(step, cache, tokens, sizes, *more):
+    """Outputs [B, T, N, H] of ``step`` for tokens (q, k, v) that come in chunks of ``sizes``, and the cache."""
     outs, start = [], 0
     for size in sizes:
-        out, cache = step(cache, *(x[:, start : start + size] for x in tokens))
+        out, cache = step(cache, *(x[:, start : start + size] for x in tokens), *more)
         outs.append(np.asarray(out))
         start += size
     return np.concatenate(outs, axis=1), cache
+
+
+def run(cache, tokens, sizes):
+    """``in_chunks`` with the plain step."""
+    return in_chunks(step, cache, tokens, sizes)
 
 
 def numpy_rope(x: np.ndarray, positions: np.ndarray, theta: float | None) -> np.ndarray:

@@ -19,6 +19,7 @@ from cache_helpers import (
     TOKENS,
     Row,
     dense_oracle,
+    in_chunks,
     numpy_rope,
     numpy_softmax,
     oracle,
@@ -63,12 +64,7 @@ def step(cache, q, k, v, projection=None, lengths=None):
 
 def run(cache, tokens, sizes, projection=None):
     """Outputs of tokens in chunks of ``sizes``, and the cache."""
-    outs, start = [], 0
-    for size in sizes:
-        out, cache = step(cache, *(x[:, start : start + size] for x in tokens), projection)
-        outs.append(np.asarray(out))
-        start += size
-    return np.concatenate(outs, axis=1), cache
+    return in_chunks(step, cache, tokens, sizes, projection)
 
 
 @functools.cache
@@ -239,7 +235,7 @@ def test_transforms_go_through_the_pools():
     pair = jax.eval_shape(lambda cache: quantize((cache, cache), coded), before)
     assert [type(each) for each in pair] == [HeadPools] * 2
     for caches in (before, (before,)):
-        with pytest.raises(ValueError, match="but duo keeps them apart"):
+        with pytest.raises(ValueError, match="but duo keeps its heads apart"):
             evict(caches, [np.zeros((BATCH, HEADS, 4))], 2)
 
 
@@ -321,7 +317,7 @@ def test_a_model_generates_with_it(tiny, file):
             np.testing.assert_allclose(out, expected, atol=0.05)
     assert jax.tree.structure(cache) == jax.tree.structure(whole)
     assert np.abs(np.asarray(out[:, 0] - hidden[:, -1])).max() < 0.2
-    with pytest.raises(ValueError, match="but duo keeps them apart"):
+    with pytest.raises(ValueError, match="but duo keeps its heads apart"):
         scores(tiny, whole, tokens.tolist(), KVzip(9), instruction=[1])
 
 

@@ -16,6 +16,7 @@ from cache_helpers import (
     ROPE,
     SPEC,
     dense_oracle,
+    in_chunks,
     plain,
     qkv,
     quick_jit,
@@ -212,12 +213,7 @@ def step(cache, q, k, v, lengths=None):
 
 
 def read(cache, tokens, sizes, lengths=None):
-    outs, start = [], 0
-    for size in sizes:
-        out, cache = step(cache, *(x[:, start : start + size] for x in tokens), lengths)
-        outs.append(np.asarray(out))
-        start += size
-    return np.concatenate(outs, axis=1), cache
+    return in_chunks(step, cache, tokens, sizes, lengths)
 
 
 @pytest.mark.parametrize("sizes", [[30], [3, 4, 3], [1] * 9], ids=str)

@@ -195,6 +195,16 @@ def test_bytes_are_a_limit(tiny, whole):
     assert mj.nbytes(small).device == by_count[0] <= limit < by_count[1]
 
 
+def test_a_policy_with_a_limit_in_bytes_reads_the_prompt_whole(tiny):
+    """Unlike an evictor's budget, the limit is spent by ``compress``, not when the cache is made."""
+    rest = f"+int8+protect({SINKS},{RECENT})"
+    by_count = mj.compress(tiny, read(tiny, f"kvcompose(10){rest}"), PROMPTS, room=2)
+    limit = mj.nbytes(by_count).device
+    cache = read(tiny, f"kvcompose(bytes={limit}){rest}")
+    assert mj.nbytes(cache) == mj.nbytes(read(tiny, f"kvcompose(10){rest}"))
+    assert mj.nbytes(mj.compress(tiny, cache, PROMPTS, room=2)) == mj.nbytes(by_count)
+
+
 def test_what_does_not_go_is_refused(tiny, whole):
     for text, message in (("kvzip(256)+kivi(2)", "tiles of"), ("kvcompose(256)+host(64)", "host tier cannot move")):
         with pytest.raises(ValueError, match=message):

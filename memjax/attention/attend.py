@@ -97,8 +97,8 @@ def attend(
 def _observed(reader: Reader, q: Array, out: Array, lse: Array) -> LayerCache:
     """The cache with the scores that the attention of its observer's queries gives to tokens."""
     cache, observer, tokens = reader.cache, reader.cache.layout.observer, q.shape[1]
-    index = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (q.shape[0], tokens))
     if reader.logits:
+        index = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (q.shape[0], tokens))
         decay, weights = observer.weights(index, cache.staged_count)
         return reader.scored(decay, reader.seen(out, lse, weights))
 
@@ -118,7 +118,8 @@ def _observed(reader: Reader, q: Array, out: Array, lse: Array) -> LayerCache:
 
     whole, rest = divmod(rows, LOOKED_AT)
     decay, found = look(whole * LOOKED_AT, rest) if rest else look(0, LOOKED_AT)
-    found, _ = jax.lax.scan(step, found, jnp.arange(0 if rest else 1, whole))
+    if others := range(0 if rest else 1, whole):
+        found, _ = jax.lax.scan(step, found, jnp.asarray(others, jnp.int32))
     return reader.scored(decay, found)
 
 

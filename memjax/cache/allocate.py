@@ -9,7 +9,7 @@ from fractions import Fraction
 from memjax.cache.ledger import Bytes, predict_nbytes
 from memjax.cache.policy import CachePolicy, Policy
 from memjax.cache.spec import CacheSpec, LayerSpec
-from memjax.evict.evictor import Limited
+from memjax.evict import Budgeted
 from memjax.quantize.auto import Auto, layer_codec, spend
 from memjax.quantize.sensitivity import check_sensitivity
 
@@ -18,25 +18,19 @@ def afford(policy: Policy, specs: Sequence[LayerSpec]) -> Policy:
     """The policy with the largest budget in tokens that its limit in bytes allows; without such a limit as it is.
 
     The limit is one for the whole cache on the device, layers without a budget included; layers whose budgets differ share
-    the tokens by the evictor's rule.
+    the tokens by the evictor's rule. ``kvzip`` and ``kvcompose`` spend theirs when they compress.
 
     Raises:
       ValueError: two limits in bytes, or one below the smallest cache.
     """
-    found: dict[Limited, int] = {}
-
-    def note(each: CachePolicy) -> CachePolicy:
-        if isinstance(each.evictor, Limited) and each.evictor.bytes:
-            windows = each.resolved_windows()
-            found[each.evictor] = windows.sinks + windows.recent
-        return each
-
-    policy.replaced(note)
-    if not found:
+    limited = {each.evictor: each for each in policy.parts() if isinstance(each.evictor, Budgeted) and each.evictor.bytes}
+    if not limited:
         return policy
-    if len(found) > 1:
-        raise ValueError(f"one budget in bytes decides about a whole cache, got those of {', '.join(map(str, found))}")
-    [(evictor, protected)] = found.items()
+    if len(limited) > 1:
+        raise ValueError(f"one budget in bytes decides about a whole cache, got those of {', '.join(map(str, limited))}")
+    [(evictor, one)] = limited.items()
+    windows = one.resolved_windows()
+    protected = windows.sinks + windows.recent
 
     def at(budget: int) -> Policy:
         def change(each: CachePolicy) -> CachePolicy:

@@ -55,6 +55,8 @@ class Policy(Protocol):
 
     def for_layer(self, index: int, layers: int) -> CachePolicy: ...
 
+    def parts(self) -> Sequence[CachePolicy]: ...
+
     def replaced(self, change: Callable[[CachePolicy], CachePolicy]) -> Policy: ...
 
 
@@ -244,6 +246,10 @@ class CachePolicy:
         self._check_own(cache)
         return attend(cache, q, positions)
 
+    def parts(self) -> Sequence[CachePolicy]:
+        """Itself."""
+        return (self,)
+
     def replaced(self, change: Callable[[CachePolicy], CachePolicy]) -> CachePolicy:
         """What ``change`` makes of it."""
         return change(self)
@@ -288,13 +294,17 @@ class LayerwisePolicy:
         """
         return _init(self, spec)
 
+    def parts(self) -> Sequence[CachePolicy]:
+        """The default and the overrides."""
+        return (self.default, *dict(self.overrides).values())
+
     def replaced(self, change: Callable[[CachePolicy], CachePolicy]) -> LayerwisePolicy:
         """With what ``change`` makes of each of its policies."""
         return LayerwisePolicy(change(self.default), tuple((i, change(policy)) for i, policy in self.overrides))
 
     def simulated(self) -> bool:
         """Whether any of the policies is."""
-        return any(policy.simulated() for policy in (self.default, *dict(self.overrides).values()))
+        return any(policy.simulated() for policy in self.parts())
 
     def __str__(self) -> str:
         by_policy: dict[CachePolicy, list[int]] = {}
@@ -416,9 +426,8 @@ def _combine(first: CachePolicy, second: CachePolicy) -> CachePolicy:
 
 def check_calibration(policy: Policy, layers: int, fingerprint: str) -> None:
     """Raises ValueError if a file of what was measured is of another model than the one with ``fingerprint``."""
-    whole = [policy.default, *dict(policy.overrides).values()] if isinstance(policy, LayerwisePolicy) else [policy]
-    for each in whole:
-        if isinstance(each.evictor, Duo):
+    for each in policy.parts():  # ``for_layer`` leaves no file to an evictor
+        if each.evictor is not None:
             each.evictor.check_model(layers, fingerprint)
     policies = dict.fromkeys(policy.for_layer(i, layers) for i in range(layers))
     for path in sorted({each.resolved_front().calibration for each in policies} - {""}):

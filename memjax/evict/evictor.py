@@ -41,6 +41,9 @@ class Evictor:
     def validate(self, spec: CacheSpec) -> None:
         """Raises ValueError if the evictor cannot serve ``spec``, with the reason."""
 
+    def check_model(self, layers: int, fingerprint: str) -> None:
+        """Raises ValueError if the evictor holds figures of another model than that of ``fingerprint``."""
+
     def for_layer(self, index: int, layers: int, protected: int) -> Self:
         """The evictor of layer ``index`` of ``layers``, in each of which so many tokens are protected."""
         del index, layers, protected

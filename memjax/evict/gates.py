@@ -82,11 +82,7 @@ def check_gates(path: str, layers: int, fingerprint: str | None = None) -> Gates
       FileNotFoundError: no such file.
       ValueError: a file that cannot be read, or of another model.
     """
-    gates, name = load_gates(path), KIND.title(path)
-    if fingerprint is not None and gates.fingerprint not in ("", fingerprint):
-        raise ValueError(
-            f"{name} was measured on another model (fingerprint {gates.fingerprint}, this one is {fingerprint}): {_MEASURE}"
-        )
-    if len(gates.layers) != layers:
-        raise ValueError(f"{name} is of a model with {len(gates.layers)} layers, this one has {layers}: {_MEASURE}")
+    gates = load_gates(path)
+    known = fingerprint if gates.fingerprint else None
+    measured.check_model(KIND, path, (gates.fingerprint, len(gates.layers)), layers, known)
     return gates

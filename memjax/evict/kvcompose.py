@@ -40,4 +40,4 @@ class KVCompose(Rereading):
     def counts(self, scores: Sequence[Float[Array, "B K S"]], written: int, budget: int) -> list[int]:
         composite = np.stack([np.asarray(-jnp.sort(-score, axis=-1).mean((0, 1)))[:written] for score in scores])
         composite[0] = composite.max(axis=0)
-        return composite_counts(composite, min(budget, written) * len(scores))
+        return composite_counts(composite, budget * len(scores))

@@ -41,8 +41,9 @@ class Rereading(Limited):
         raise NotImplementedError
 
     def counts(self, scores: Sequence[Float[Array, "B K S"]], written: int, budget: int) -> list[int]:
-        """Tokens that each layer keeps, where ``budget`` is the mean and ``written`` what the longest row has."""
-        return [min(budget, written)] * len(scores)
+        """Tokens that each layer keeps, where ``budget`` is the mean, below ``written``, what the longest row has."""
+        del written
+        return [budget] * len(scores)
 
 
 def attention(

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from memjax.attention.recall import recall, recalled
-from memjax.cache.layer import LayerCache, commit, update
+from memjax.cache.layer import LayerCache, commit, layer_caches, update
 from memjax.cache.ledger import nbytes
 from memjax.cache.policy import AnyLayerCache, ModelCache, lengths
 from memjax.cache.pools import HeadPools
@@ -36,8 +36,8 @@ def rereading(cache: ModelCache) -> Rereading | None:
     Raises:
       ValueError: layers that name different ones.
     """
-    evictors = [layer.policy.evictor for layer in cache if isinstance(layer, LayerCache)]
-    found = list(dict.fromkeys(evictor for evictor in evictors if isinstance(evictor, Rereading)))
+    evictors = dict.fromkeys(layer.policy.evictor for layer in layer_caches(cache))
+    found = [evictor for evictor in evictors if isinstance(evictor, Rereading)]
     if len(found) > 1:
         raise ValueError(f"all layers of a cache are compressed by one second reading, got {found[0]} and {found[1]}")
     return found[0] if found else None
@@ -124,7 +124,7 @@ def scores(
         model without a tokenizer, or no chunk.
     """
     if any(isinstance(layer, HeadPools) for layer in cache):
-        raise ValueError(f"{method.name} scores all heads of a layer, but duo keeps them apart; read the prompt without it")
+        raise ValueError(f"{method.name} scores all heads, but duo keeps its heads apart; read the prompt without it")
     cache = tuple(commit(layer) if isinstance(layer, LayerCache) else layer for layer in cache)
     held = np.asarray(lengths(cache)).tolist()
     if held != [len(prompt) for prompt in prompts] or min(held) == 0:

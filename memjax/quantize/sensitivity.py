@@ -103,11 +103,6 @@ def check_sensitivity(path: str, layers: int, fingerprint: str | None = None) ->
       FileNotFoundError: no such file.
       ValueError: a file that cannot be read, or of another model.
     """
-    table, name = load_sensitivity(path), KIND.title(path)
-    if fingerprint not in (None, table.fingerprint):
-        raise ValueError(
-            f"{name} was measured on another model (fingerprint {table.fingerprint}, this one is {fingerprint}): {_MEASURE}"
-        )
-    if table.layers != layers:
-        raise ValueError(f"{name} is of a model with {table.layers} layers, this one has {layers}: {_MEASURE}")
+    table = load_sensitivity(path)
+    measured.check_model(KIND, path, (table.fingerprint, table.layers), layers, fingerprint)
     return table
