@@ -49,7 +49,8 @@ def write_ring[Tree](target: Tree, block: Tree, first: Int[Array, "B"], count: I
     slots, tokens = _slots(target), _slots(block)
     if tokens > slots:
         skipped = jnp.clip(count - slots, 0, tokens - slots)
-        block = _by_run(lambda leaf, run: jax.vmap(lambda row, at: _cut(row, at, slots // run))(leaf, skipped // run), block)
+        cut = jax.vmap(_cut, in_axes=(0, 0, None))
+        block = _by_run(lambda leaf, run: cut(leaf, _runs(skipped, run), slots // run), block)
         first, count = first + skipped, count - skipped
     first %= slots
     target = write(target, block, first, count)
@@ -63,7 +64,7 @@ def write[Tree](target: Tree, block: Tree, first: Int[Array, "B"], count: Int[Ar
     that do not exist take nothing. In place where ``target`` is donated.
     """
     put = _write_one if _slots(block) == 1 else _write_run
-    return _by_run(lambda leaf, run, new: put(leaf, new, first // run, count // run), target, block)
+    return _by_run(lambda leaf, run, new: put(leaf, new, _runs(first, run), _runs(count, run)), target, block)
 
 
 def write_at[Tree](target: Tree, token: Tree, slot: Int[Array, "B K"]) -> Tree:
@@ -96,6 +97,10 @@ def _by_run[Tree](function, tree: Tree, *others: Tree) -> Tree:
     """``function(leaf, slots per entry, *others)`` of every leaf."""
     slots = _slots(tree)
     return jax.tree.map(lambda leaf, *rest: function(leaf, slots // leaf.shape[-1], *rest), tree, *others)
+
+
+def _runs(slots: Array, run: int) -> Array:
+    return slots if run == 1 else slots // run
 
 
 def _write_one(leaf: Array, new: Array, first: Array, count: Array) -> Array:
