@@ -32,9 +32,9 @@ TIMEOUT = 1200  # seconds for one compilation
 def llama3(layers: int):
     """The configuration of Llama-3-8B with so many layers."""
     from memjax.attention.rope import Rope
-    from memjax.models.config import ModelConfig
+    from memjax.models.config import llama_config
 
-    return ModelConfig(
+    return llama_config(
         family="llama",
         vocab=128_256,
         width=4096,

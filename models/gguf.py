@@ -20,6 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from memjax.models.config import ModelConfig
+from memjax.models.gguf_config import gguf_config
 from memjax.models.source import check_finite
 
 # Of the block types that the package dequantizes, those of published checkpoints.
@@ -71,7 +72,8 @@ class GGUFSource:
     def __init__(self, data: np.ndarray, tensors: dict[str, _Tensor], config: ModelConfig):
         self._data = data
         self._tensors = {_hf_name(name): tensor for name, tensor in tensors.items() if name != _ROPE_FREQS}
-        heads = {"self_attn.q_proj": config.q_heads, "self_attn.k_proj": config.kv_heads}
+        attention = config.blocks[0].mixer
+        heads = {"self_attn.q_proj": attention.q_heads, "self_attn.k_proj": attention.kv_heads}
         self._permuted_heads = heads if config.family in _PERMUTED else {}
 
     def names(self) -> frozenset[str]:
@@ -135,7 +137,7 @@ def open_gguf(path: str | Path) -> tuple[ModelConfig, GGUFSource, dict[str, Any]
         if (values <= 0).any():
             raise ValueError(f"GGUF tensor {_ROPE_FREQS} must be positive: the file is damaged")
         factors = tuple(values.tolist())
-    config = ModelConfig.from_gguf(metadata, tensors.keys(), factors)
+    config = gguf_config(metadata, tensors.keys(), factors)
     return config, GGUFSource(data, tensors, config), metadata
 
 

@@ -51,9 +51,10 @@ class LanguageModel:
 
     @property
     def fingerprint(self) -> str:
-        """Tells models apart: a hash of the configuration and of the first layer's key projection."""
-        kernel = np.asarray(self.decoder.layers[0].attention.k.kernel[...].astype(jnp.bfloat16), np.float32)
-        return hashlib.sha256(repr(self.config).encode() + kernel.tobytes()).hexdigest()[:16]
+        """Tells models apart: a hash of sizes, rotary embeddings and the first layer's output projection."""
+        kernel = np.asarray(self.decoder.layers[0].mixer.out.kernel[...].astype(jnp.bfloat16), np.float32)
+        known = (self.config.vocab, self.config.layers, self.config.ropes)
+        return hashlib.sha256(repr(known).encode() + kernel.tobytes()).hexdigest()[:16]
 
     def init_cache(self, policy: Policy, batch: int, capacity: int, dtype: str | None = None) -> ModelCache:
         """An empty cache for every layer; ``dtype`` None: the dtype of the weights.
@@ -66,7 +67,7 @@ class LanguageModel:
 
 
 def load(name: str | Path, dtype: DTypeLike | None = None, progress: Progress | None = None) -> LanguageModel:
-    """Loads a model of the Llama family.
+    """Loads a model of one of ``memjax.models.hf_config.FAMILIES``.
 
     Args:
       name: "smollm2-135m" (the embedded default), the path of a GGUF file, of a checkpoint folder (safetensors) or of a

@@ -6,16 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from memjax.models.config import ModelConfig
-from memjax.models.source import check_finite, ignorable
+from memjax.models.fp8 import Fp8Source, fp8_block
+from memjax.models.hf_config import hf_config
+from memjax.models.source import TensorSource, check_finite, ignorable
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_FLOATS = ("F32", "F16", "BF16")
+_FP8 = "F8_E4M3"
+_FLOATS = ("F32", "F16", "BF16", _FP8)
+# Parts of multimodal checkpoints: where the language model's tensors lie, and what is left alone.
+_LANGUAGE = (("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.lm_head.", "lm_head."))
+_OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
 class SafetensorsSource:
@@ -44,12 +50,41 @@ class SafetensorsSource:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in its own dtype. Raises ValueError for values that are not finite."""
-        values = self._open[self._files[name]].get_tensor(name)
+        path = self._files[name]
+        file = self._open[path]
+        if file.get_slice(name).get_dtype() == _FP8:
+            return _fp8(path, name, self.shape(name))
+        values = file.get_tensor(name)
         check_finite(name, values)
         return values
 
 
-def open_checkpoint(folder: str | Path) -> tuple[ModelConfig, SafetensorsSource]:
+class LanguagePart:
+    """The language model of a multimodal checkpoint, in the names of a model of text only (a ``TensorSource``)."""
+
+    def __init__(self, source: TensorSource):
+        self._source = source
+        self._names = {_language_name(name): name for name in source.names() if not name.startswith(_OTHER_PARTS)}
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(self._names[name])
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in its own dtype."""
+        return self._source.read(self._names[name])
+
+
+def _language_name(name: str) -> str:
+    for prefix, plain in _LANGUAGE:
+        if name.startswith(prefix):
+            return plain + name.removeprefix(prefix)
+    return name
+
+
+def open_checkpoint(folder: str | Path) -> tuple[ModelConfig, TensorSource]:
     """Opens a checkpoint folder. Reads no tensor.
 
     Raises:
@@ -57,13 +92,21 @@ def open_checkpoint(folder: str | Path) -> tuple[ModelConfig, SafetensorsSource]
       ValueError: a damaged file, an index that leaves the folder, an unsupported configuration.
     """
     folder = Path(folder)
-    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    described = read_json(folder / "config.json")
+    config, block = hf_config(described), fp8_block(described)
+    source: TensorSource = SafetensorsSource(_files(folder))
+    if block is not None:
+        source = Fp8Source(source, block)
+    return config, LanguagePart(source) if described["model_type"] == "gemma3" else source
+
+
+def _files(folder: Path) -> dict[str, Path]:
     if (folder / _INDEX).is_file():
-        return config, SafetensorsSource(_sharded(folder))
+        return _sharded(folder)
     path = folder / _SINGLE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds neither {_SINGLE} nor {_INDEX}")
-    return config, SafetensorsSource(dict.fromkeys(_tensor_names(path), path))
+    return dict.fromkeys(_tensor_names(path), path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,6 +137,15 @@ def _opened(path: Path) -> safe_open:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:  # an empty file cannot be mapped: OSError
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+
+
+def _fp8(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of float8_e4m3fn, which safetensors writes from NumPy but does not read into it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + begin)
+        return np.frombuffer(file.read(end - begin), ml_dtypes.float8_e4m3fn).reshape(shape)
 
 
 def _sharded(folder: Path) -> dict[str, Path]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Protocol
 
 import numpy as np
 
 from memjax.models.config import ModelConfig
+from memjax.models.tensors import stored_parameters
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_WITH_DRAFT_LAYERS = ("deepseek_v3", "kimi_k2", "glm4_moe_lite")
 
 
 class TensorSource(Protocol):
@@ -24,47 +29,31 @@ class TensorSource(Protocol):
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a model of this configuration is made of."""
-    width, queries, keys = config.width, config.q_heads * config.head_dim, config.kv_heads * config.head_dim
-    linears = {
-        "self_attn.q_proj": (queries, width, config.qkv_bias),
-        "self_attn.k_proj": (keys, width, config.qkv_bias),
-        "self_attn.v_proj": (keys, width, config.qkv_bias),
-        "self_attn.o_proj": (width, queries, config.out_bias),
-        "mlp.gate_proj": (config.mlp_width, width, config.mlp_bias),
-        "mlp.up_proj": (config.mlp_width, width, config.mlp_bias),
-        "mlp.down_proj": (width, config.mlp_width, config.mlp_bias),
-    }
-    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
-    for name, (outputs, inputs, bias) in linears.items():
-        layer[f"{name}.weight"] = (outputs, inputs)
-        if bias:
-            layer[f"{name}.bias"] = (outputs,)
-    if config.qk_norm:
-        layer |= {"self_attn.q_norm.weight": (config.head_dim,), "self_attn.k_norm.weight": (config.head_dim,)}
-    tensors = {"model.embed_tokens.weight": (config.vocab, width), "model.norm.weight": (width,)}
-    if not config.tied:
-        tensors["lm_head.weight"] = (config.vocab, width)
-    for i in range(config.layers):
-        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    return tensors
+    return {name: each.shape for each in stored_parameters(config).values() for name in each.names}
 
 
-def ignorable(name: str) -> bool:
-    """Whether this is a rotary buffer, which old checkpoints carry and no model reads."""
-    return name.endswith("rotary_emb.inv_freq")
+def ignorable(name: str, layers: int | None = None) -> bool:
+    """Whether no model reads this: a rotary buffer of an old checkpoint, or a layer behind the last of ``layers``.
+
+    DeepSeek-V3 and its kin keep their multi-token-prediction layers there, for training and for drafts.
+    """
+    behind = layers is not None and (found := _LAYER.match(name)) is not None and int(found[1]) >= layers
+    return behind or name.endswith("rotary_emb.inv_freq")
 
 
 def check_tensors(config: ModelConfig, source: TensorSource) -> None:
     """Compares a checkpoint's tensors with the configuration's; reads none.
 
-    The sets must be equal, but for rotary buffers and, where embeddings are tied, a second copy of them.
+    The sets must be equal, but for rotary buffers, layers for multi-token prediction and, where embeddings are tied, a second
+    copy of them.
 
     Raises:
       ValueError: names the tensors that are missing, unexpected or of another shape.
     """
     expected = expected_tensors(config)
     dropped = {"lm_head.weight"} if config.tied else set()
-    found = {name for name in source.names() if not ignorable(name)} - dropped
+    layers = config.layers if config.family in _WITH_DRAFT_LAYERS else None
+    found = {name for name in source.names() if not ignorable(name, layers)} - dropped
     problems = []
     if missing := sorted(expected.keys() - found):
         problems.append(f"missing: {_some(missing)}")

@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from memjax.models.config import gguf_eos_ids
+from memjax.models.gguf_config import gguf_eos_ids
 from memjax.models.safetensors import read_json
 
 # How the byte-level BPE tokenizers of the supported models split text before merging (facts of each model's tokenizer.json).

@@ -9,7 +9,7 @@ from cache_helpers import quick_jit
 from flax import nnx
 
 import memjax as mj
-from memjax.models.config import ModelConfig
+from memjax.models.config import llama_config
 from memjax.models.decoder import Decoder
 
 LAYERS, TOKENS, BLOCK, DIM = 4, 384, 128, 32
@@ -19,7 +19,7 @@ read = quick_jit(lambda layer, x, cache: layer(x, cache, None, False))
 
 @pytest.fixture(scope="module")
 def decoder():
-    config = ModelConfig(
+    config = llama_config(
         family="llama",
         vocab=61,
         width=64,
@@ -36,8 +36,8 @@ def decoder():
     )
     decoder = Decoder(config, rngs=nnx.Rngs(0))
     for layer in decoder.layers:  # attention of random weights is flat and weighs little
-        layer.attention.q.kernel[...] *= jnp.float32(6.0)
-        layer.attention.out.kernel[...] *= jnp.float32(3.0)
+        layer.mixer.q.kernel[...] *= jnp.float32(6.0)
+        layer.mixer.out.kernel[...] *= jnp.float32(3.0)
     return decoder
 
 
@@ -47,7 +47,7 @@ def run(decoder, policy: str, accumulated: bool) -> np.ndarray:
     caches, exact_caches = (list(mj.policy(text).init(specs)) for text in (policy + "+protect(0,0)", "dense"))
     tokens, outs = np.random.default_rng(0).integers(0, 61, (1, TOKENS)).astype(np.int32), []
     for start in range(0, TOKENS, BLOCK):
-        x = exact = decoder.embedding(tokens[:, start : start + BLOCK])
+        x = exact = decoder.embed(tokens[:, start : start + BLOCK])
         for i, layer in enumerate(decoder.layers):
             x, caches[i] = read(layer, x if accumulated else exact, caches[i])
             exact, exact_caches[i] = read(layer, exact, exact_caches[i])

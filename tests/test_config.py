@@ -6,7 +6,9 @@ import math
 import pytest
 
 from memjax.attention.rope import Rope
-from memjax.models.config import ModelConfig
+from memjax.models.config import ModelConfig, llama_config
+from memjax.models.gguf_config import gguf_config
+from memjax.models.hf_config import hf_config
 
 LLAMA = {
     "model_type": "llama",
@@ -62,9 +64,9 @@ def gguf(architecture="llama", **changed):
 
 
 def test_llama_3_in_full():
-    config = ModelConfig.from_hf(LLAMA | {"rope_scaling": LLAMA3_SCALING | {"rope_type": "llama3"}})
+    config = hf_config(LLAMA | {"rope_scaling": LLAMA3_SCALING | {"rope_type": "llama3"}})
     rope = Rope(128, 500000.0, "llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
-    assert config == ModelConfig(
+    assert config == llama_config(
         family="llama",
         vocab=128256,
         width=4096,
@@ -94,18 +96,18 @@ def test_llama_3_in_full():
     ],
 )
 def test_the_three_spellings_of_rope_agree(kind, extra):
-    new = ModelConfig.from_hf(
+    new = hf_config(
         without(LLAMA, "rope_theta") | {"rope_parameters": extra | {"rope_type": kind, "rope_theta": 5e5}, "dtype": "bfloat16"}
     )
     for key in ("type", "rope_type"):
-        assert ModelConfig.from_hf(LLAMA | {"rope_scaling": extra | {key: kind}, "torch_dtype": "bfloat16"}) == new
+        assert hf_config(LLAMA | {"rope_scaling": extra | {key: kind}, "torch_dtype": "bfloat16"}) == new
     assert {rope.kind for rope in new.ropes} == {kind}
     assert new.ropes[0].theta == 5e5
 
 
 def test_longrope_derives_its_factor_from_the_lengths():
     factors = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
-    config = ModelConfig.from_hf(
+    config = hf_config(
         LLAMA | {"rope_scaling": factors | {"type": "longrope"}, "original_max_position_embeddings": 4096}
     )
     assert config.ropes[0].factor == 32.0
@@ -113,13 +115,13 @@ def test_longrope_derives_its_factor_from_the_lengths():
 
 
 def test_only_llama_may_lack_theta():
-    assert ModelConfig.from_hf(without(LLAMA, "rope_theta")).ropes[0].theta == 10000.0
+    assert hf_config(without(LLAMA, "rope_theta")).ropes[0].theta == 10000.0
     for config in (MISTRAL, QWEN2, QWEN3, SMOLLM3):
         with pytest.raises(ValueError, match="lacks 'rope_theta'"):
-            ModelConfig.from_hf(without(config, "rope_theta"))
+            hf_config(without(config, "rope_theta"))
     for parameters in ({"rope_type": "default"}, {}):
         with pytest.raises(ValueError, match="lacks 'rope_theta'"):
-            ModelConfig.from_hf(without(LLAMA, "rope_theta") | {"rope_parameters": parameters})
+            hf_config(without(LLAMA, "rope_theta") | {"rope_parameters": parameters})
 
 
 @pytest.mark.parametrize(
@@ -138,10 +140,12 @@ def test_only_llama_may_lack_theta():
     ],
 )
 def test_options_of_the_families(config, fields):
-    found = ModelConfig.from_hf(config)
+    found = hf_config(config)
     plain = {"qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": False, "tied": False, "kv_heads": 8}
+    mixer = found.blocks[0].mixer
     for name, value in (plain | fields).items():
-        assert getattr(found, name) == value, name
+        where = found if name in ("tied", "eos_ids", "bos_id") else found.blocks[0].mlp if name == "mlp_bias" else mixer
+        assert getattr(where, "bias" if name == "mlp_bias" else name) == value, name
 
 
 @pytest.mark.parametrize(
@@ -163,7 +167,7 @@ def test_options_of_the_families(config, fields):
     ],
 )
 def test_windows(config, windows):
-    assert ModelConfig.from_hf(config).windows == windows
+    assert hf_config(config).windows == windows
 
 
 @pytest.mark.parametrize(
@@ -175,14 +179,14 @@ def test_windows(config, windows):
     ],
 )
 def test_smollm3_layers_without_a_rotary_embedding(extra, rotary):
-    config = ModelConfig.from_hf(SMOLLM3 | extra)
+    config = hf_config(SMOLLM3 | extra)
     assert [rope is not None for rope in config.ropes] == [bool(flag) for flag in rotary]
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LLAMA | {"model_type": "gpt2"}, "'gpt2'.*llama, mistral, qwen2, qwen3, smollm3"),
+        (LLAMA | {"model_type": "gpt2"}, "'gpt2'.*gemma2, .*llama, .*mistral"),
         (without(LLAMA, "model_type"), "model_type None"),
         (LLAMA | {"hidden_act": "gelu"}, "'gelu'.*'silu'"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -217,12 +221,12 @@ def test_smollm3_layers_without_a_rotary_embedding(extra, rotary):
 )
 def test_unsupported_configurations_are_named(config, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf(config)
+        hf_config(config)
 
 
 def test_gguf_in_full():
-    config = ModelConfig.from_gguf(GGUF, {"output.weight"})
-    assert config == ModelConfig(
+    config = gguf_config(GGUF, {"output.weight"})
+    assert config == llama_config(
         family="llama",
         vocab=100,
         width=64,
@@ -240,18 +244,24 @@ def test_gguf_in_full():
     )
 
 
+def biases_of(config):
+    """Of queries, keys and values; of the output; of the MLP."""
+    mixer, mlp = config.blocks[0].mixer, config.blocks[0].mlp
+    return mixer.qkv_bias, mixer.out_bias, mlp.bias
+
+
 def test_gguf_tensors_tell_tied_embeddings_and_biases():
     biases = {"blk.0.attn_q.bias", "blk.0.attn_output.bias", "blk.0.ffn_up.bias"}
-    config = ModelConfig.from_gguf(GGUF, biases)
-    assert (config.tied, config.qkv_bias, config.out_bias, config.mlp_bias) == (True, True, True, True)
-    config = ModelConfig.from_gguf(gguf("qwen2"), {"output.weight"})
-    assert (config.tied, config.qkv_bias, config.out_bias, config.mlp_bias) == (False, True, False, False)
+    config = gguf_config(GGUF, biases)
+    assert (config.tied, *biases_of(config)) == (True, True, True, True)
+    config = gguf_config(gguf("qwen2"), {"output.weight"})
+    assert (config.tied, *biases_of(config)) == (False, True, False, False)
 
 
 def test_gguf_of_qwen3_and_smollm3():
-    config = ModelConfig.from_gguf(gguf("qwen3") | {"qwen3.attention.key_length": 32}, ())
-    assert (config.family, config.head_dim, config.qk_norm) == ("qwen3", 32, True)
-    config = ModelConfig.from_gguf(gguf("smollm3"), ())
+    config = gguf_config(gguf("qwen3") | {"qwen3.attention.key_length": 32}, ())
+    assert (config.family, config.blocks[0].mixer.head_dim, config.blocks[0].mixer.qk_norm) == ("qwen3", 32, True)
+    config = gguf_config(gguf("smollm3"), ())
     assert [rope is not None for rope in config.ropes] == [True, True, True, False] * 2
 
 
@@ -279,7 +289,7 @@ def test_gguf_of_qwen3_and_smollm3():
 )
 def test_gguf_rope(keys, factors, rope):
     metadata = GGUF | {f"llama.rope.{key}": value for key, value in keys.items()}
-    assert ModelConfig.from_gguf(metadata, (), factors).ropes == (rope,) * 8
+    assert gguf_config(metadata, (), factors).ropes == (rope,) * 8
 
 
 def test_gguf_freq_factors_are_llama3_scaling():
@@ -288,21 +298,21 @@ def test_gguf_freq_factors_are_llama3_scaling():
     plain = Rope(128, 5e5)
     factors = tuple((plain.inv_freq(1).astype(float) / scaled.inv_freq(1)).tolist())
     wide = {"llama.embedding_length": 1024, "llama.rope.freq_base": 5e5}
-    rope = ModelConfig.from_gguf(GGUF | wide, (), factors).ropes[0]
+    rope = gguf_config(GGUF | wide, (), factors).ropes[0]
     assert rope.inv_freq(1).tolist() == pytest.approx(scaled.inv_freq(1).tolist(), rel=1e-6)
 
 
 def test_gguf_windows():
     key = "llama.attention.sliding_window"
-    assert ModelConfig.from_gguf(GGUF | {key: 64}, ()).windows == (64,) * 8
-    assert ModelConfig.from_gguf(GGUF | {key: 64, f"{key}_pattern": [True, False] * 4}, ()).windows == (64, None) * 4
-    assert ModelConfig.from_gguf(GGUF | {key: 0}, ()).windows == (None,) * 8
+    assert gguf_config(GGUF | {key: 64}, ()).windows == (64,) * 8
+    assert gguf_config(GGUF | {key: 64, f"{key}_pattern": [True, False] * 4}, ()).windows == (64, None) * 4
+    assert gguf_config(GGUF | {key: 0}, ()).windows == (None,) * 8
 
 
 def test_gguf_theta_may_be_missing_only_for_llama():
-    assert ModelConfig.from_gguf(without(GGUF, "llama.rope.freq_base"), ()).ropes[0].theta == 10000.0
+    assert gguf_config(without(GGUF, "llama.rope.freq_base"), ()).ropes[0].theta == 10000.0
     with pytest.raises(ValueError, match=r"'qwen2\.rope\.freq_base'"):
-        ModelConfig.from_gguf(without(gguf("qwen2"), "qwen2.rope.freq_base"), ())
+        gguf_config(without(gguf("qwen2"), "qwen2.rope.freq_base"), ())
 
 
 @pytest.mark.parametrize(
@@ -325,12 +335,12 @@ def test_gguf_theta_may_be_missing_only_for_llama():
 )
 def test_unsupported_gguf_metadata_is_named(metadata, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_gguf(metadata, ())
+        gguf_config(metadata, ())
 
 
 def test_freq_factors_of_another_length_are_refused():
     with pytest.raises(ValueError, match=r"freq_factors.*4"):
-        ModelConfig.from_gguf(GGUF, (), (1.0, 2.0))
+        gguf_config(GGUF, (), (1.0, 2.0))
 
 
 @pytest.mark.parametrize("config", [LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, None], ids=str)
@@ -338,7 +348,7 @@ def test_json_round_trip(config):
     if config is None:
         factors = {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
         config = LLAMA | {"rope_scaling": factors, "original_max_position_embeddings": 4096}
-    config = ModelConfig.from_hf(config)
+    config = hf_config(config)
     again = ModelConfig.from_json(json.loads(json.dumps(config.to_json())))
     assert again == config
     assert hash(again) == hash(config)
@@ -349,14 +359,16 @@ def test_json_round_trip(config):
     [
         lambda data: data.pop("width"),
         lambda data: data.update(unknown=1),
-        lambda data: data.update(ropes=None),
-        lambda data: data["ropes"].pop(),
-        lambda data: data["ropes"][0].update(kind="spiral"),
-        lambda data: data["ropes"][0].update(unknown=1),
+        lambda data: data.update(blocks=None),
+        lambda data: data.update(blocks=[]),
+        lambda data: data["blocks"][0].pop(),
+        lambda data: data["blocks"][0][0].update(kind="spiral"),
+        lambda data: data["blocks"][0][0]["rope"].update(kind="spiral"),
+        lambda data: data["blocks"][0][1].update(unknown=1),
     ],
 )
 def test_damaged_json_is_refused(spoil):
-    data = json.loads(json.dumps(ModelConfig.from_hf(LLAMA).to_json()))
+    data = json.loads(json.dumps(hf_config(LLAMA).to_json()))
     spoil(data)
-    with pytest.raises(ValueError, match=r"configuration|entries|spiral"):
+    with pytest.raises(ValueError, match=r"configuration|layers|spiral"):
         ModelConfig.from_json(data)

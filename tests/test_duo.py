@@ -331,12 +331,12 @@ def test_gates_are_what_streaming_changes(tiny):
     gates = measure_gates(tiny, text, recited, sinks, window, done.append)
     assert done == [f"layer {i + 1} of 4" for i in range(4)]
     assert gates.fingerprint == tiny.fingerprint
-    x, t, expected = tiny.decoder.embedding(text[None]), np.arange(40), []
+    x, t, expected = tiny.decoder.embed(text[None]), np.arange(40), []
     distance = t[:, None] - t
     for layer, rope, own in zip(tiny.decoder.layers, tiny.config.ropes, tiny.config.windows, strict=True):
-        q, k, v = (np.asarray(y[0], np.float64).swapaxes(0, 1) for y in layer.attention.project(layer.attention_norm(x)))
+        q, k, v = (np.asarray(y[0], np.float64).swapaxes(0, 1) for y in layer.mixer.project(layer.mixer_norm(x)))
         q, k = (numpy_rope(y, t, rope and rope.theta) for y in (q, k))
-        kernel = np.asarray(layer.attention.out.kernel[...], np.float64).reshape(len(k), -1, q.shape[-1], x.shape[-1])
+        kernel = np.asarray(layer.mixer.out.kernel[...], np.float64).reshape(len(k), -1, q.shape[-1], x.shape[-1])
         logits = q.reshape(len(k), -1, *q.shape[1:]) @ k[:, None].swapaxes(-1, -2) / np.sqrt(q.shape[-1])
         seen = (distance >= 0) & (distance < (own or 40))
         masks = seen, seen & ((t < sinks) | (distance < window))

@@ -45,11 +45,11 @@ def model():
     from flax import nnx
 
     from memjax.attention.rope import Rope
-    from memjax.models.config import ModelConfig
+    from memjax.models.config import llama_config
     from memjax.models.decoder import Decoder
     from memjax.models.load import LanguageModel
 
-    config = ModelConfig(
+    config = llama_config(
         family="llama",
         vocab=61,
         width=32,

@@ -9,8 +9,8 @@ import tokenizers
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from memjax.models.config import ModelConfig
 from memjax.models.gguf import TENSOR_TYPES, open_gguf
+from memjax.models.gguf_config import gguf_config
 from memjax.models.load import load
 from memjax.models.source import check_tensors, expected_tensors
 
@@ -24,7 +24,7 @@ RAW = tuple(kind for kind in TENSOR_TYPES if kind not in EXACT and kind not in Q
 
 def hf_tensors(architecture="llama", tied=False, seed=0):
     """Random weights under Hugging Face's names, as transformers would hold them."""
-    config = ModelConfig.from_gguf(metadata(architecture), () if tied else {"output.weight"})
+    config = gguf_config(metadata(architecture), () if tied else {"output.weight"})
     rng = np.random.default_rng(seed)
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in expected_tensors(config).items()}
 
@@ -134,7 +134,7 @@ def test_permuted_biases_are_put_back(tmp_path):
             tensors[f"model.layers.{i}.self_attn.{part}_proj.bias"] = np.arange(heads * HEAD_DIM, dtype=np.float32)
     config, source, _ = open_gguf(write(tmp_path / "m.gguf", tensors))
     check_tensors(config, source)
-    assert config.qkv_bias
+    assert config.blocks[0].mixer.qkv_bias
     for part in "qkv":
         name = f"model.layers.1.self_attn.{part}_proj.bias"
         np.testing.assert_array_equal(source.read(name), tensors[name])
@@ -260,7 +260,8 @@ def embedded():
 def test_the_embedded_model(embedded):
     config, source, fields = open_gguf(embedded)
     check_tensors(config, source)
-    sizes = (config.layers, config.width, config.mlp_width, config.q_heads, config.kv_heads, config.head_dim, config.vocab)
+    mixer, mlp = config.blocks[0].mixer, config.blocks[0].mlp
+    sizes = (config.layers, config.width, mlp.width, mixer.q_heads, mixer.kv_heads, mixer.head_dim, config.vocab)
     assert sizes == (30, 576, 1536, 9, 3, 64, 49152)
     assert (config.tied, config.bos_id, config.eos_ids, config.max_position) == (True, 1, (2,), 8192)
     assert config.ropes[0].theta == 100000.0

@@ -23,7 +23,7 @@ MODELS_MAY_IMPORT = (
     "memjax.models",
     "memjax.pallas_kernels",
 )
-MAY_IMPORT_MODELS = re.compile(r"memjax(\.(cli(_\w+)?|evaluate|generate|serve)(\..*)?)?")
+MAY_IMPORT_MODELS = re.compile(r"memjax(\.(cli(_\w+)?|evaluate|generate|serve|train)(\..*)?)?")
 FOLDERS_WITH_CODE = [*ROOTS.values(), REPOSITORY / "tests", REPOSITORY / "benchmarks"]
 
 
@@ -59,7 +59,7 @@ def objection(importer: str, target: str) -> str | None:
         allowed = any(inside(target, package) for package in MODELS_MAY_IMPORT)
         return None if allowed else f"models may import {', '.join(MODELS_MAY_IMPORT)} only"
     if inside(target, "memjax.models") and not MAY_IMPORT_MODELS.fullmatch(importer):
-        return "only cli, evaluate, generate, serve and memjax itself may import models"
+        return "only cli, evaluate, generate, serve, train and memjax itself may import models"
     return None
 
 

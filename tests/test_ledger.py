@@ -149,9 +149,9 @@ def test_a_short_history_needs_no_tier():
 
 
 def test_windowed_layers_of_a_model_are_bounded_by_their_window():
-    from memjax.models.config import ModelConfig
+    from memjax.models.config import llama_config
 
-    config = ModelConfig(
+    config = llama_config(
         family="mistral", vocab=10, width=64, layers=2, q_heads=2, kv_heads=1, head_dim=32, mlp_width=64, norm_eps=1e-5,
         tied=True, max_position=4096, ropes=(ROPE,) * 2, windows=(None, 128), bos_id=None, eos_ids=(),
     )  # fmt: skip

@@ -36,9 +36,9 @@ def found(tiny, whole):
 @quick_jit
 def queries_and_keys(decoder, tokens):
     """Of every layer, before the rotary embedding, without a cache."""
-    x, found = decoder.embedding(tokens), []
+    x, found = decoder.embed(tokens), []
     for layer in decoder.layers:
-        found.append(layer.attention.project(layer.attention_norm(x))[:2])
+        found.append(layer.mixer.project(layer.mixer_norm(x))[:2])
         x, _ = layer(x, None, None, False)
     return found
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from memjax.models import hub
-from memjax.models.config import ModelConfig
+from memjax.models.hf_config import hf_config
 from memjax.models.load import load
 from memjax.models.safetensors import open_checkpoint, read_json
 from memjax.models.source import check_tensors, expected_tensors
@@ -33,7 +33,7 @@ NORM = "model.norm.weight"
 
 
 def weights(dtype=np.float32, **changed):
-    shapes = expected_tensors(ModelConfig.from_hf(CONFIG | changed))
+    shapes = expected_tensors(hf_config(CONFIG | changed))
     rng = np.random.default_rng(0)
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
 
@@ -73,7 +73,7 @@ def test_one_file_and_shards_load_the_same_model(tmp_path):
     tensors = weights()
     one, many = (load(layout(tmp_path / layout.__name__, tensors), "float32") for layout in (single, sharded))
     for model in (one, many):
-        kernel = model.decoder.layers[1].attention.k.kernel[...]
+        kernel = model.decoder.layers[1].mixer.k.kernel[...]
         np.testing.assert_array_equal(kernel, tensors["model.layers.1.self_attn.k_proj.weight"].T)
 
 

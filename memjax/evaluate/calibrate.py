@@ -15,6 +15,7 @@ from jaxtyping import Array
 from memjax.attention.rope import apply_rope
 from memjax.cache.spec import CacheSpec
 from memjax.evaluate.layerwise import next_hidden
+from memjax.models.config import check_attention
 from memjax.models.decoder import Layer
 from memjax.models.load import LanguageModel
 from memjax.quantize.calibration import SHRINK, balanced_basis, save_calibration
@@ -40,12 +41,13 @@ def calibrate(
     Raises:
       ValueError: no text of more than a few tokens, or activations that are not finite.
     """
+    check_attention(model.config, "calibration")
     texts = [np.asarray(text, np.int32)[None] for text in texts]
     if not texts or min(text.shape[1] for text in texts) < 2 * SINKS:
         raise ValueError(f"calibration needs texts of at least {2 * SINKS} tokens, got {[t.shape[1] for t in texts]}")
     capacity = max(text.shape[1] for text in texts)
     specs = [dataclasses.replace(s, batch=1) for s in model.decoder.cache_specs(1, capacity, "float32")]
-    hidden, layers = [model.decoder.embedding(text) for text in texts], []
+    hidden, layers = [model.decoder.embed(text) for text in texts], []
     for i, (layer, spec) in enumerate(zip(model.decoder.layers, specs, strict=True)):
         layers.append(_statistics(layer, hidden, spec, shrink))
         hidden = [next_hidden(layer, x) for x in hidden]
@@ -64,7 +66,7 @@ def _statistics(layer: Layer, hidden: list, spec: CacheSpec, shrink: float) -> d
     basis = dataclasses.replace(empty_basis(FrontEnd(), spec), k_mean=jnp.float32(k_mean), v_mean=jnp.float32(v_mean))
     moments = [_moments(layer, x, basis, spec=spec) for x in hidden]
     k_spread, v_spread, q_weight = (sum(np.float64(m[i])[0] for m in moments) / count for i in range(3))
-    kernel = np.asarray(layer.attention.out.kernel[...], np.float64).reshape(
+    kernel = np.asarray(layer.mixer.out.kernel[...], np.float64).reshape(
         spec.kv_heads, -1, spec.value_dim, hidden[0].shape[2]
     )
     gram = np.einsum("kghd,kged->khe", kernel, kernel)
@@ -77,7 +79,7 @@ def _statistics(layer: Layer, hidden: list, spec: CacheSpec, shrink: float) -> d
 
 def _projected(layer: Layer, x: Array, spec: CacheSpec) -> tuple[Array, Array, Array, Array]:
     """Roped queries [1, K, G T, H], roped keys and values [1, K, H, T] behind the sinks, and their positions [1, T]."""
-    q, k, v = layer.attention.project(layer.attention_norm(x))
+    q, k, v = layer.mixer.project(layer.mixer_norm(x))
     position = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
     if spec.rope is not None:
         q, k = (apply_rope(each, position, spec.rope, spec.capacity) for each in (q, k))

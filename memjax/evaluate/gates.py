@@ -38,6 +38,7 @@ from memjax.evaluate.layerwise import next_hidden
 from memjax.evaluate.passkey import Multikey
 from memjax.evict import Duo
 from memjax.evict.gates import Gates
+from memjax.models.config import check_attention
 from memjax.models.decoder import Layer
 from memjax.models.load import LanguageModel
 from memjax.models.tokenizer import Tokenizer
@@ -81,6 +82,7 @@ def measure_gates(
       ValueError: a text that sinks and window see the whole of, or of which nothing or everything is recited.
       FloatingPointError: activations that are not finite.
     """
+    check_attention(model.config, "measuring gates")
     tokens = np.asarray(text, np.int32)[None]
     length = tokens.shape[1]
     if not 0 < recited < length or length - recited <= sinks + window:
@@ -88,7 +90,7 @@ def measure_gates(
             f"gates need a text of more than the {sinks + window} tokens of sinks and window before what is recited, got "
             f"{length} tokens of which {recited} are recited"
         )
-    x, rows = model.decoder.embedding(tokens), []
+    x, rows = model.decoder.embed(tokens), []
     specs = model.decoder.cache_specs(1, length, "float32")
     for i, (layer, spec) in enumerate(zip(model.decoder.layers, specs, strict=True)):
         found = _changes(layer, x, spec=spec, recited=recited, sinks=sinks, window=window)
@@ -112,13 +114,13 @@ def measure_gates(
 def _changes(
     layer: Layer, x: Float[Array, "1 T D"], *, spec: CacheSpec, recited: int, sinks: int, window: int
 ) -> Float[Array, "K"]:
-    q, k, v = layer.attention.project(layer.attention_norm(x))
+    q, k, v = layer.mixer.project(layer.mixer_norm(x))
     position, heads = jnp.arange(x.shape[1], dtype=jnp.int32), spec.kv_heads
     if spec.rope is not None:
         q, k = (apply_rope(each, position[None], spec.rope, spec.capacity) for each in (q, k))
     q = q[0, -recited:].reshape(recited, heads, -1, spec.head_dim)
     q, k, v, x = (each.astype(jnp.float32) for each in (q, k[0], v[0], x[0, -recited:]))
-    projection = layer.attention.out.kernel[...].astype(jnp.float32).reshape(heads, -1, spec.head_dim, x.shape[-1])
+    projection = layer.mixer.out.kernel[...].astype(jnp.float32).reshape(heads, -1, spec.head_dim, x.shape[-1])
     distance = position[-recited:, None] - position
     seen = (distance >= 0) & (distance < (spec.window or x.shape[0] + spec.capacity))
     logits = jnp.einsum("rkgh,skh->kgrs", q, k) * spec.attention_scale

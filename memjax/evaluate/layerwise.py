@@ -27,7 +27,7 @@ def read_layers(
     compress_first: bool = False,
 ) -> tuple[Float[Array, "B T D"], ModelCache]:
     """What ``decoder(tokens, cache, lengths, compress_first=...)`` returns; the caches are donated."""
-    x, caches = _embed(decoder.embedding, tokens), []
+    x, caches = _embed(decoder, tokens), []
     for layer, one in zip(decoder.layers, cache, strict=True):
         x, one = _next(layer, x, one, lengths, compress_first)
         caches.append(one)
@@ -72,8 +72,8 @@ def next_hidden(layer: Layer, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]
 
 
 @jax.jit
-def _embed(embedding, tokens: Array) -> Array:
-    return embedding(tokens)
+def _embed(decoder: Decoder, tokens: Array) -> Array:
+    return decoder.embed(tokens)
 
 
 @jax.jit

@@ -20,6 +20,7 @@ from memjax.cache.policy import CachePolicy, Windows
 from memjax.cache.spec import CacheSpec
 from memjax.evaluate.calibrate import SINKS
 from memjax.evaluate.layerwise import next_hidden
+from memjax.models.config import check_attention
 from memjax.models.decoder import Decoder, Layer
 from memjax.models.load import LanguageModel
 from memjax.quantize import Dense
@@ -47,6 +48,7 @@ def measure_sensitivity(
     """
     texts = [np.asarray(text, np.int32)[None] for text in texts]
     lengths = [text.shape[1] for text in texts]
+    check_attention(model.config, "sensitivity")
     if not texts or min(lengths) < 2 * SINKS:
         raise ValueError(f"sensitivity needs texts of at least {2 * SINKS} tokens, got {lengths}")
     window = min((spec.window for spec in model.decoder.cache_specs(1, 1) if spec.window), default=max(lengths))
@@ -63,7 +65,7 @@ def _sums(
     """Sums of the divergences over a text's tokens, per layer; options are keys' bits, then values'."""
     decoder, length = model.decoder, text.shape[1]
     specs = decoder.cache_specs(1, length, "float32")
-    states = [decoder.embedding(text)]
+    states = [decoder.embed(text)]
     for layer in decoder.layers:
         states.append(next_hidden(layer, states[-1]))
     wanted = _log_probabilities(decoder, states[-1])

@@ -23,6 +23,7 @@ from memjax.cache.policy import AnyLayerCache, ModelCache, lengths
 from memjax.cache.pools import HeadPools
 from memjax.cache.transforms import evict
 from memjax.evict import Rereading
+from memjax.models.config import check_attention
 from memjax.models.decoder import Decoder
 from memjax.models.load import LanguageModel
 
@@ -123,6 +124,7 @@ def scores(
       ValueError: prompts that are not what the cache holds, a cache that has lost tokens already or that has no history, a
         model without a tokenizer, or no chunk.
     """
+    check_attention(model.config, method.name)
     if any(isinstance(layer, HeadPools) for layer in cache):
         raise ValueError(f"{method.name} scores all heads, but duo keeps its heads apart; read the prompt without it")
     cache = tuple(commit(layer) if isinstance(layer, LayerCache) else layer for layer in cache)
@@ -177,12 +179,11 @@ def _pass(
     decoder: Decoder, cache: ModelCache, tokens: Array, counts: Array, begin: Array, end: Array, method: Rereading
 ) -> tuple[Float[Array, "B K G S"] | None, ...]:
     """The most attention that each query head gives, by one forward pass that leaves no trace."""
-    x, found = decoder.embedding(tokens), []
+    x, found = decoder.embed(tokens), []
     for layer, held in zip(decoder.layers, cache, strict=True):
-        q, k, v = layer.attention.project(layer.attention_norm(x))
+        q, k, v = layer.mixer.project(layer.mixer_norm(x))
         staged = update(held, k, v, counts, queries=q)
         found.append(recalled(staged, q, begin, end, method) if _scored(held) else None)
         out = recall(staged, q)
-        x = x + layer.attention.out(out.reshape(*x.shape[:2], -1))
-        x = x + layer.mlp(layer.mlp_norm(x))
+        x = layer.with_mlp(layer.with_mixed(x, layer.mixer.out(out.reshape(*x.shape[:2], -1))))
     return tuple(found)

