@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import memjax as mj
 from memjax.quantize import (
@@ -117,6 +118,11 @@ def qkv(seed: int, batch=BATCH, tokens=TOKENS, heads=HEADS, groups=GROUPS, dim=D
 
 
 TRACES = collections.Counter()  # of ``step``, by cache policy, spec and chunk size
+
+
+def slow_but(fast, cases):
+    """Parameters of a test: those that are not in ``fast`` run with the slow tests."""
+    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 @quick_jit

@@ -1,12 +1,14 @@
 """How every test runs: on eight virtual CPU devices and under strict dtype promotion.
 
 JAX_PLATFORMS=cuda,cpu runs the suite on a GPU, JAX_COMPILATION_CACHE_DIR=... keeps compiled programs between
-runs; neither is the default, so that a run depends on nothing but the code. Eight devices share the cores of
+runs; neither is the default, so that a run depends on nothing but the code. TESTS_END=... (seconds since 1970) skips
+what has not begun by then. Eight devices share the cores of
 the machine: a test that times computation has to do it in a subprocess without XLA_FLAGS.
 """
 
 import gc
 import os
+import time
 
 VIRTUAL_DEVICES = 8
 
@@ -30,6 +32,11 @@ def pytest_configure(config):
             f"the tests need {VIRTUAL_DEVICES} virtual CPU devices, found {found}: "
             "a pytest plugin used jax before tests/conftest.py could set XLA_FLAGS"
         )
+
+
+def pytest_runtest_setup():
+    if time.time() > float(os.environ.get("TESTS_END", "inf")):
+        pytest.skip("no time is left")
 
 
 @pytest.fixture(scope="module", autouse=True)

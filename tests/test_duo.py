@@ -25,6 +25,7 @@ from cache_helpers import (
     oracle,
     qkv,
     quick_jit,
+    slow_but,
 )
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -110,7 +111,7 @@ CODED = ["int4+protect(2,6)", f"turboquant(4,3,{RAW})+protect(2,6)", "kivi(2,8)+
 CODED += ["zipcache(4,2,16,8,0.5)+protect(2,4)", f"int8({RAW})+protect(2,6)+host(8,4)"]
 
 
-@pytest.mark.parametrize("text", CODED)
+@pytest.mark.parametrize("text", slow_but(CODED[:2], CODED))
 def test_a_pool_is_what_its_heads_alone_would_be(text):
     policy = mj.policy("duo(sinks=4,window=16,heads=101)+" + text)
     out, cache = run(policy.init(SPEC), TEXT, [24, 24], PROJECTION)

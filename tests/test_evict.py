@@ -25,6 +25,7 @@ from cache_helpers import (
     qkv,
     relative_error,
     run,
+    slow_but,
 )
 
 import memjax as mj
@@ -211,7 +212,7 @@ def result(text: str, cut: str):
     return run(mj.policy(text + WINDOWS).init(SPEC), TEXT, CUTS[cut])
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", slow_but(["sevens"], CUTS))
 @pytest.mark.parametrize("text", METHODS)
 def test_the_same_tokens_stay_as_in_the_paper(text, cut):
     if cut == "whole" and not text.startswith(("snapkv", "dropkv", "h2o(20)")):

@@ -21,6 +21,7 @@ from cache_helpers import (
     qkv,
     quick_jit,
     relative_error,
+    slow_but,
 )
 
 import memjax as mj
@@ -131,7 +132,7 @@ def read_step(cache, q, k, v):
     return mj.attend(mj.update(cache, k, v, queries=q, output_projection=projection()), q)
 
 
-@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("rope", slow_but([*ROPES][::3], ROPES))
 def test_attention_over_centred_tokens_is_attention(rope):
     """From end to end with a codec that rounds nothing: chunks read the history in the basis that the first one measured."""
     spec, tokens = spec_of(ROPES[rope]), biased(14, size=3.0, tokens=36)
@@ -276,7 +277,7 @@ CONSTANT = {  # and what is dense instead
 }
 
 
-@pytest.mark.parametrize("text", CONSTANT)
+@pytest.mark.parametrize("text", slow_but([*CONSTANT][1:2], CONSTANT))
 def test_a_constant_part_costs_a_codec_little(text):
     """Keys and values with a constant part ten times their spread. It sharpens the attention, so errors count for more."""
     errors = {}

@@ -6,6 +6,7 @@ import importlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cache_helpers import slow_but
 
 import memjax as mj
 from memjax.pallas_kernels.decode import decode
@@ -62,7 +63,7 @@ def outputs(policy, spec):
     return found
 
 
-@pytest.mark.parametrize("case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize("case", slow_but(FAST, CASES))
 def test_kernels_read_what_xla_reads(case, interpreted):
     text, spec = CASES[case]
     expected = outputs(mj.policy(text + "+kernels(xla)"), spec)
