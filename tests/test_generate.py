@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cache_helpers import slow_but
 
 import memjax as mj
 from memjax.generate.loop import decode_block, prefill_chunk
@@ -36,8 +37,12 @@ def test_dense_generation_equals_recomputation(tiny):
         assert found.prompt_tokens == len(prompt)
 
 
-@pytest.mark.parametrize(("policy", "temperature"), [(policy, 0.0) for policy in POLICIES] + [("dense", 0.8)])
-def test_a_batch_gives_what_each_prompt_gives_alone(tiny, policy, temperature):
+BATCHES = [(policy, 0.0) for policy in POLICIES] + [("dense", 0.8)]
+
+
+@pytest.mark.parametrize("case", slow_but([(POLICIES[1], 0.0), ("dense", 0.8)], BATCHES), ids=str)
+def test_a_batch_gives_what_each_prompt_gives_alone(tiny, case):
+    policy, temperature = case
     sampler = mj.Sampler(temperature=temperature, top_k=20)
     options = {"policy": policy, "max_new_tokens": 12, "sampler": sampler, "capacity": 64, "chunk": 8}
     together = mj.generate(tiny, PROMPTS, **options)
