@@ -1,4 +1,4 @@
-"""The command line: ``memjax`` generate, compare, eval, calibrate, sensitivity, gates, demo."""
+"""The command line: ``memjax`` generate, compare, eval, calibrate, sensitivity, gates, demo, plan, train."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+from memjax.cli_convert import convert_mla
+from memjax.cli_plan import plan
+from memjax.cli_train import train
 
 app = typer.Typer(
     add_completion=False,
@@ -381,6 +385,10 @@ def demo(
     console.print(f"  [bold]The secret pass key is{answer.text}[/]", highlight=False)
     console.print(f"Wrote {out / 'compare.json'} and {out / 'compare.png'}.")
 
+
+app.command()(train)
+app.command()(convert_mla)
+app.command()(plan)
 
 if __name__ == "__main__":
     main()

@@ -23,7 +23,7 @@ MODELS_MAY_IMPORT = (
     "memjax.models",
     "memjax.pallas_kernels",
 )
-MAY_IMPORT_MODELS = re.compile(r"memjax(\.(cli(_\w+)?|evaluate|generate|serve|train)(\..*)?)?")
+MAY_IMPORT_MODELS = re.compile(r"memjax(\.(cli(_\w+)?|convert|evaluate|generate|plan|serve|train)(\..*)?)?")
 FOLDERS_WITH_CODE = [*ROOTS.values(), REPOSITORY / "tests", REPOSITORY / "benchmarks"]
 
 
@@ -59,7 +59,7 @@ def objection(importer: str, target: str) -> str | None:
         allowed = any(inside(target, package) for package in MODELS_MAY_IMPORT)
         return None if allowed else f"models may import {', '.join(MODELS_MAY_IMPORT)} only"
     if inside(target, "memjax.models") and not MAY_IMPORT_MODELS.fullmatch(importer):
-        return "only cli, evaluate, generate, serve, train and memjax itself may import models"
+        return "only cli, convert, evaluate, generate, plan, serve, train and memjax itself may import models"
     return None
 
 
@@ -108,6 +108,7 @@ def test_a_forbidden_import_is_found(importer, source):
         ("memjax", "from memjax.models import load"),
         ("memjax.cli_compare", "from memjax.models import load"),
         ("memjax.generate.loop", "from memjax.models.decoder import Decoder"),
+        ("memjax.plan.planner", "from memjax.models.decoder import Decoder"),
         ("memjax.cache.policy", "import memjax.modelsque\nimport modelsque"),
     ],
 )
