@@ -87,12 +87,20 @@ def test_chunks_and_decoding_of_a_ragged_batch_equal_transformers(variant):
         assert np.abs(found[row, :length] - arrays["logits"][row, :length]).max() <= TOLERANCE
 
 
+def without_ropes(config: ModelConfig) -> ModelConfig:
+    def bare(block):
+        return dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, rope=None))
+
+    blocks = tuple(bare(block) if hasattr(block.mixer, "rope") else block for block in config.blocks)
+    return dataclasses.replace(config, blocks=blocks)
+
+
 @pytest.mark.parametrize("path", sorted(GOLDENS.glob("*/config_v4*.json")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_both_spellings_of_a_configuration_are_the_same_model(path):
     new, old = config_of(path.parent.name), config_of(path.parent.name, path.name)
     frequencies = [rope and rope.inv_freq(80).tolist() for rope in new.ropes]
     assert frequencies == [rope and rope.inv_freq(80).tolist() for rope in old.ropes]
-    assert dataclasses.replace(old, ropes=new.ropes) == new
+    assert without_ropes(old) == without_ropes(new)
 
 
 @pytest.mark.parametrize("name", OTHER_NAMES)
