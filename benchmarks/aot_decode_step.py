@@ -128,16 +128,9 @@ def problems(row: dict) -> list[str]:
 
 def in_child(generation: str, layers: int, python: str = sys.executable) -> dict:
     """``compile_step`` in a process of its own: some failures of the compiler abort it."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
+    from memjax.plan.compiled import COMPILER_ENVIRONMENT
+
+    environment = os.environ | {"XLA_FLAGS": ""} | COMPILER_ENVIRONMENT
     command = [python, __file__, "--child", generation, "--layers", str(layers)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     if done.returncode:

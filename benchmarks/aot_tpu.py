@@ -124,17 +124,11 @@ def _forward(stream, lines: queue.Queue) -> None:
 def _environment(folder: Path | None) -> dict[str, str]:
     from tpu_schedule import LLO_FLAGS
 
+    from memjax.plan.compiled import COMPILER_ENVIRONMENT
+
     here = str(Path(__file__).resolve().parent)
-    added = {
-        "PYTHONPATH": os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "JAX_PLATFORMS": "cpu",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
+    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    added = {"PYTHONPATH": path} | COMPILER_ENVIRONMENT
     if folder is not None:
         added |= {"LIBTPU_INIT_ARGS": LLO_FLAGS.format(folder=folder), "AOT_TPU_SCHEDULES": str(folder)}
     return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | added

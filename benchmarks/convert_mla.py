@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
-import importlib.resources
 import json
 import platform
 import sys
@@ -33,6 +32,7 @@ import numpy as np
 import memjax as mj
 from memjax.convert.heal import Healing, divergences, heal
 from memjax.convert.model import FIRST, bytes_per_token, convert, input_moments
+from memjax.data import CODE, NOVEL
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -44,9 +44,7 @@ PROMPT = "The old keeper of the lighthouse climbed the stairs, and"
 
 
 def read_texts(tokenizer) -> tuple[list[int], list[int]]:
-    folder = importlib.resources.files("memjax.data")
-    names = ("moby_dick_excerpt.txt", "code_sample.py.txt")
-    return tuple(tokenizer.encode((folder / name).read_text(encoding="utf-8")) for name in names)
+    return tuple(tokenizer.encode(text.read()) for text in (NOVEL, CODE))
 
 
 def measured(model, original, ids) -> dict[str, float]:

@@ -290,8 +290,9 @@ def measure(arguments, folder: Path) -> dict:
 
 
 def excerpt(model, length: int) -> list[int]:
-    text = importlib.resources.files("memjax.data").joinpath("moby_dick_excerpt.txt").read_text(encoding="utf-8")
-    return model.tokenizer.encode(text[: 16 * length])[:length]
+    from memjax.data import NOVEL
+
+    return model.tokenizer.encode(NOVEL.read()[: 16 * length])[:length]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -9,12 +9,12 @@ part of the loss, and dense caches do not care. 1,024 tokens of Moby-Dick, SmolL
 
 from __future__ import annotations
 
-import importlib.resources
 from pathlib import Path
 
 from rich.console import Console
 
 import memjax as mj
+from memjax.data import NOVEL
 from memjax.evaluate.compare import Row, Setup, compare
 from memjax.evaluate.markdown import markdown
 from memjax.evaluate.report import save_json
@@ -31,8 +31,7 @@ CHUNKS = (32, 256)
 def measure(console: Console) -> dict[str, list[Row]]:
     """Rows of every setting, by its title."""
     model = mj.load("smollm2-135m")
-    text = (importlib.resources.files("memjax.data") / "moby_dick_excerpt.txt").read_text(encoding="utf-8")
-    tokens = model.tokenizer.encode(text)[:TOKENS]
+    tokens = model.tokenizer.encode(NOVEL.read())[:TOKENS]
     static = [mj.policy(f"{codec}+protect(4,0)") for codec in CODECS]
     found = {"Static setting": compare(model, tokens, static, Setup(chunk=256, decode_tokens=0, static=True))}
     policies = [mj.policy(text) for text in ACCUMULATED]

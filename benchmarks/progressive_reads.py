@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.resources
 import json
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 
 import memjax as mj
 from memjax.cache.layer import commit
+from memjax.data import CODE, NOVEL
 from memjax.evaluate.compare import refined_fraction
 
 RESULTS = Path(__file__).parent / "results"
@@ -108,18 +108,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("policies", nargs="*", default=BASELINES + PROGRESSIVE)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--text", default="moby_dick_excerpt.txt", help="a file of memjax.data")
+    parser.add_argument("--text", choices=(NOVEL.name, CODE.name), default=NOVEL.name)
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--setting", choices=("static", "accumulated", "both"), default="both")
     parser.add_argument("--out", type=Path, default=RESULTS / "progressive_reads.json")
     arguments = parser.parse_args()
     model = mj.load(arguments.model)
-    text = (importlib.resources.files("memjax.data") / arguments.text).read_text(encoding="utf-8")
-    ids = np.asarray(model.tokenizer.encode(text)[: arguments.prompt + arguments.new], np.int32)
+    text = {each.name: each for each in (NOVEL, CODE)}[arguments.text]
+    ids = np.asarray(model.tokenizer.encode(text.read())[: arguments.prompt + arguments.new], np.int32)
     settings = ("static", "accumulated") if arguments.setting == "both" else (arguments.setting,)
     rows = [row for one in settings for row in measure(model, arguments.policies, ids, arguments.new, one == "static")]
-    result = {"model": model.name, "text": arguments.text, "device": jax.devices()[0].device_kind, "rows": rows}
+    result = {"model": model.name, "text": text.file, "device": jax.devices()[0].device_kind, "rows": rows}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text(table(rows) + "\n")
 

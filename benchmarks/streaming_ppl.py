@@ -10,7 +10,6 @@ that the model was trained for. Writes results/streaming_ppl.{json,md,png}.
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import json
 import time
 from pathlib import Path
@@ -20,21 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import memjax as mj
+from memjax.data import CODE, NOVEL
 from memjax.evaluate.layerwise import read_layers
 
 RESULTS = Path(__file__).parent / "results"
-TEXTS = ("moby_dick_excerpt.txt", "code_sample.py.txt")
+TEXTS = (NOVEL, CODE)
 POLICIES = ("streaming(4,1020)", "streaming(0,1024)")
 BIN = 1024
 
 
 def read_tokens(model, count: int) -> tuple[np.ndarray, list[dict]]:
     """Token ids, and where each text begins."""
-    files = importlib.resources.files("memjax.data")
-    texts = {name: model.tokenizer.encode((files / name).read_text(encoding="utf-8")) for name in TEXTS}
+    texts = {text.file: model.tokenizer.encode(text.read()) for text in TEXTS}
     ids, begins = [], []
     while len(ids) < count:
-        name = TEXTS[len(begins) % len(TEXTS)]
+        name = TEXTS[len(begins) % len(TEXTS)].file
         begins.append({"text": name, "at": len(ids)})
         ids += texts[name]
     return np.asarray(ids[:count], np.int32), begins

@@ -168,15 +168,9 @@ def problems(row: dict) -> list[str]:
 
 def in_child(generation: str, policy_text: str, case: Case) -> dict:
     """``measure`` in a process of its own."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
+    from memjax.plan.compiled import COMPILER_ENVIRONMENT
+
+    environment = os.environ | COMPILER_ENVIRONMENT
     request = json.dumps([generation, policy_text, dataclasses.asdict(case)])
     command = [sys.executable, __file__, "--child", request]
     row = {"tpu": generation, "policy": policy_text, "program": case.name}

@@ -1,9 +1,8 @@
-"""The command line: ``memjax`` generate, compare, eval, calibrate, sensitivity, gates, demo, plan, train."""
+"""The command line: ``memjax`` generate, compare, eval, calibrate, sensitivity, gates, demo, plan, train, convert-mla."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.resources
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.text import Text
 from memjax.cli_convert import convert_mla
 from memjax.cli_plan import plan
 from memjax.cli_train import train
+from memjax.data import NOVEL
 
 app = typer.Typer(
     add_completion=False,
@@ -342,7 +342,7 @@ def gates(
     from memjax.evict.gates import save_gates
 
     _check_targets(out, None)
-    text = _novel() if text_file is None else _read_text(text_file)
+    text = NOVEL.read() if text_file is None else _read_text(text_file)
     lm = _load(model)
     ids, recited = hide_and_recite(lm.tokenizer, lm.tokenizer.encode(text)[:tokens], window)
     with _bars() as progress:
@@ -351,10 +351,6 @@ def gates(
         found = measure_gates(lm, ids, recited, sinks, window, update)
     save_gates(out, found)
     Console().print(f"Wrote {out} ({len(ids)} tokens, model {found.fingerprint}).")
-
-
-def _novel() -> str:
-    return (importlib.resources.files("memjax.data") / "moby_dick_excerpt.txt").read_text(encoding="utf-8")
 
 
 _PLAIN = "centre=none,balance=off"  # the formats themselves: the front end takes longer to compile than the demo should
@@ -373,7 +369,7 @@ def demo(
     from memjax.evaluate.passkey import Passkey
 
     out.mkdir(parents=True, exist_ok=True)
-    text, lm, key = _novel(), _load("smollm2-135m"), Passkey(depth=0.5)
+    text, lm, key = NOVEL.read(), _load("smollm2-135m"), Passkey(depth=0.5)
     policies = [mj.policy(policy) for policy in DEMO_POLICIES]
     rows = _compare(lm, text, tokens, policies, Setup(), key)
     _report(rows, out / "compare.json", out / "compare.png")

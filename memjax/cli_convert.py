@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-_TEXTS = ("moby_dick_excerpt.txt", "code_sample.py.txt")
+from memjax.data import CODE, NOVEL
+
 _CALIBRATION = 4096  # tokens of each text that statistics are taken from
 
 
@@ -60,10 +60,7 @@ def convert_mla(
 def _texts(files: list[Path] | None) -> list[str]:
     from memjax.cli import _read_text
 
-    if files:
-        return [_read_text(path) for path in files]
-    folder = importlib.resources.files("memjax.data")
-    return [(folder / name).read_text(encoding="utf-8") for name in _TEXTS]
+    return [_read_text(path) for path in files] if files else [text.read() for text in (NOVEL, CODE)]
 
 
 def _run(progress: Progress, original, ids: list, measured: list, options: dict, healing) -> tuple:

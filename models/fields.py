@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from memjax.models.config import checked_size
@@ -44,6 +44,18 @@ def number(config: Mapping[str, Any], key: str, default: float | None = None) ->
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"a model needs {key} to be a finite number, got {value!r}")
     return float(value)
+
+
+def kinds(config: Mapping[str, Any], layers: int, known: Collection[str], key: str = "layer_types") -> list[str] | None:
+    """What a list says of each layer; None where the key is absent.
+
+    Raises:
+      ValueError: no list of ``layers`` of the ``known`` names.
+    """
+    found = config.get(key)
+    if found is not None and (not isinstance(found, list) or len(found) != layers or set(found) - set(known)):
+        raise ValueError(f"{key} must name {' or '.join(known)} for each of {layers} layers, got {found!r}")
+    return found
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:

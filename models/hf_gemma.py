@@ -7,7 +7,7 @@ from typing import Any
 
 from memjax.attention.rope import Rope
 from memjax.models.config import AttentionConfig, Block, MlpConfig, ModelConfig
-from memjax.models.fields import number, refuse, size
+from memjax.models.fields import kinds, number, refuse, size
 from memjax.models.hf_llama import FULL, SLIDING, common
 from memjax.models.hf_rope import hf_rope
 
@@ -83,11 +83,9 @@ def _ropes(config: Mapping[str, Any], head_dim: int) -> tuple[Rope, Rope]:
 
 
 def _local_layers(config: Mapping[str, Any], layers: int) -> list[bool]:
-    kinds = config.get("layer_types")
-    if kinds is None:
+    found = kinds(config, layers, (FULL, SLIDING))
+    if found is None:
         pattern = config.get("sliding_window_pattern", config.get("_sliding_window_pattern"))
         every = 2 if config["model_type"] == "gemma2" else size({"sliding_window_pattern": pattern}, "sliding_window_pattern")
         return [(i + 1) % every != 0 for i in range(layers)]
-    if len(kinds) != layers or set(kinds) - {SLIDING, FULL}:
-        raise ValueError(f"layer_types must name {FULL} or {SLIDING} for each of {layers} layers, got {kinds!r}")
-    return [kind == SLIDING for kind in kinds]
+    return [kind == SLIDING for kind in found]

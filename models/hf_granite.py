@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memjax.models.config import AttentionConfig, Block, MambaConfig, Mixer, Mlp, MlpConfig, ModelConfig, MoeConfig
-from memjax.models.fields import need, number, refuse, size
+from memjax.models.fields import kinds, need, number, refuse, size
 from memjax.models.hf_llama import common
 from memjax.models.hf_rope import hf_rope
 
@@ -21,20 +21,19 @@ def granite_family(config: Mapping[str, Any]) -> ModelConfig:
     Raises:
       ValueError: a missing key, or an option that is not supported.
     """
-    layers, width, kinds = size(config, "num_hidden_layers"), size(config, "hidden_size"), need(config, "layer_types")
-    if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - _KINDS.keys():
-        raise ValueError(f"layer_types must name {' or '.join(_KINDS)} for each of {layers} layers, got {kinds!r}")
-    kinds = [_KINDS[kind] for kind in kinds]
+    layers, width = size(config, "num_hidden_layers"), size(config, "hidden_size")
+    need(config, "layer_types")
+    mixed = [_KINDS[kind] for kind in kinds(config, layers, _KINDS)]
     mixers: dict[str, Mixer] = {}
-    if "attention" in kinds:
+    if "attention" in mixed:
         mixers["attention"] = _attention(config, width)
-    if "mamba" in kinds:  # dense models leave unused mamba_* keys in their files
+    if "mamba" in mixed:  # dense models leave unused mamba_* keys in their files
         mixers["mamba"] = _mamba(config, width)
     mlp = _mlp(config)
     return ModelConfig(
         **common(config, tied=False),
         width=width,
-        blocks=tuple(Block(mixers[kind], mlp) for kind in kinds),
+        blocks=tuple(Block(mixers[kind], mlp) for kind in mixed),
         embedding_scale=number(config, "embedding_multiplier"),
         residual_scale=number(config, "residual_multiplier"),
         logits_scale=1 / number(config, "logits_scaling"),

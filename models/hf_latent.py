@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memjax.models.config import Block, LatentConfig, Mlp, MlpConfig, ModelConfig, MoeConfig
-from memjax.models.fields import number, refuse, size
+from memjax.models.fields import kinds, number, refuse, size
 from memjax.models.hf_llama import common
 from memjax.models.hf_rope import hf_rope
 from memjax.models.latent import yarn_softmax_scale
@@ -64,11 +64,9 @@ def _mlps(config: Mapping[str, Any], family: str, layers: int) -> list[Mlp]:
     if family in _DENSE or config.get("n_routed_experts") is None:
         return [plain] * layers
     refuse(config, moe_layer_freq=1)
-    moe, kinds = _experts(config, family), config.get("mlp_layer_types")
-    if kinds is not None:
-        if len(kinds) != layers or set(kinds) - {"dense", "sparse"}:
-            raise ValueError(f"mlp_layer_types must name dense or sparse for each of {layers} layers, got {kinds!r}")
-        return [moe if kind == "sparse" else plain for kind in kinds]
+    moe, found = _experts(config, family), kinds(config, layers, ("dense", "sparse"), "mlp_layer_types")
+    if found is not None:
+        return [moe if kind == "sparse" else plain for kind in found]
     first = config.get("first_k_dense_replace", 0)
     return [plain if i < first else moe for i in range(layers)]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memjax.models.config import Block, ModelConfig, MoeConfig, llama_config
-from memjax.models.fields import need, number, size, token_ids
+from memjax.models.fields import kinds, need, number, size, token_ids
 from memjax.models.hf_rope import hf_rope
 
 LLAMA_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3")
@@ -95,18 +95,17 @@ def _rotary_layers(config: Mapping[str, Any], family: str, layers: int) -> list[
 
 
 def _windows(config: Mapping[str, Any], family: str, rotary: list[bool]) -> tuple[int | None, ...]:
-    layers, kinds = len(rotary), config.get("layer_types")
-    if kinds is not None and (len(kinds) != layers or set(kinds) - {SLIDING, FULL}):
-        raise ValueError(f"layer_types must name {FULL} or {SLIDING} for each of {layers} layers, got {kinds!r}")
+    layers = len(rotary)
+    found = kinds(config, layers, (FULL, SLIDING))
     if family == "mistral":
-        return _mistral_windows(config, kinds, layers)
+        return _mistral_windows(config, found, layers)
     window = config.get("sliding_window")
     if family == "llama" or not config.get("use_sliding_window", False) or window is None:
-        if family == "llama" and SLIDING in (kinds or ()):
+        if family == "llama" and SLIDING in (found or ()):
             raise ValueError(f"layer_types with {SLIDING} are not supported for llama")
         return (None,) * layers
-    if kinds is not None:
-        slides = [kind == SLIDING for kind in kinds]
+    if found is not None:
+        slides = [kind == SLIDING for kind in found]
     elif family == "smollm3":
         slides = [not flag for flag in rotary]
     else:
@@ -115,10 +114,10 @@ def _windows(config: Mapping[str, Any], family: str, rotary: list[bool]) -> tupl
     return tuple(window if flag else None for flag in slides)
 
 
-def _mistral_windows(config: Mapping[str, Any], kinds: list[str] | None, layers: int) -> tuple[int | None, ...]:
+def _mistral_windows(config: Mapping[str, Any], found: list[str] | None, layers: int) -> tuple[int | None, ...]:
     if "sliding_window" not in config:
         raise ValueError("the configuration of a mistral model lacks 'sliding_window' (null: every token is seen)")
     window = config["sliding_window"]
-    if window is not None and FULL in (kinds or ()):
+    if window is not None and FULL in (found or ()):
         raise ValueError(f"a mistral model slides in every layer; layer_types with {FULL} belong to another family")
     return (window,) * layers

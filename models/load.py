@@ -21,7 +21,7 @@ from memjax.models.decoder import Decoder, load_decoder
 from memjax.models.gguf import open_gguf
 from memjax.models.hub import download, is_repo_id
 from memjax.models.safetensors import open_checkpoint, read_json
-from memjax.models.source import TensorSource
+from memjax.models.source import TensorSource, expected_tensors
 from memjax.models.tokenizer import Tokenizer
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -132,7 +132,7 @@ def _model(
     dtype: jnp.dtype,
     progress: Progress | None,
 ) -> LanguageModel:
-    total, done = len(source.names()), 0
+    total, done = len(expected_tensors(config)), 0
 
     def count(_: str) -> None:
         nonlocal done

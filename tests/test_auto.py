@@ -1,7 +1,6 @@
 """Bits by sensitivity: the allocation against brute force, limits against the ledger, files, and the measurement."""
 
 import dataclasses
-import importlib.resources
 import itertools
 import json
 import re
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 import memjax as mj
 from memjax.cache.policy import CachePolicy, Windows, layer_policies
 from memjax.cache.spec import RecurrentSpec
+from memjax.data import CODE, NOVEL
 from memjax.evaluate.compare import Job, Reader, Setup
 from memjax.evaluate.sensitivity import measure_sensitivity
 from memjax.quantize import Auto, Dense, Int8, Pair, TurboQuant
@@ -342,9 +342,8 @@ def test_auto_is_not_worse_than_uniform_bits_on_the_real_model(smollm2):
     setup = Setup(chunk=256, cache_dtype="float32", decode_tokens=0, static=True)
     jobs = [Job(mj.policy(f"{text}+protect(4,0)"), static=True) for text in ("turboquant(3,3)", "auto(bits=3.25)")]
     reader = Reader(smollm2, 512, setup)
-    for name in ("moby_dick_excerpt.txt", "code_sample.py.txt"):
-        text = (importlib.resources.files("memjax.data") / name).read_text(encoding="utf-8")
-        readings = reader.read_text(smollm2.tokenizer.encode(text)[:512], jobs)
+    for text in (NOVEL, CODE):
+        readings = reader.read_text(smollm2.tokenizer.encode(text.read())[:512], jobs)
         uniform, mine = (reader.row(reading) for reading in readings)
         assert mine["bits_per_value"] <= uniform["bits_per_value"] == 3.25
         assert mine["bytes_device"] <= uniform["bytes_device"]

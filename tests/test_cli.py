@@ -1,23 +1,9 @@
 """The command line, in this process: output, files, and what bad input gets."""
 
 import json
-import sys
 
 import pytest
-
-from memjax import cli
-
-
-def run(monkeypatch, capsys, *arguments):
-    """Exit status, stdout and stderr of ``memjax ARGUMENTS``."""
-    monkeypatch.setattr(sys, "argv", ["memjax", *map(str, arguments)])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as exited:
-        status = exited.code or 0
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+from process_helpers import run
 
 
 def test_generate_prints_the_text_and_the_bytes(monkeypatch, capsys):

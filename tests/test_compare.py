@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 import memjax as mj
+from memjax.data import NOVEL
 from memjax.evaluate.compare import Setup, compare
 from memjax.evaluate.passkey import Passkey
 from memjax.evaluate.report import plot, save_json, table
@@ -126,10 +127,7 @@ def test_a_pass_key_is_hidden_whole_and_where_asked(smollm2):
 
 @pytest.fixture(scope="session")
 def novel(smollm2):
-    import importlib.resources
-
-    text = (importlib.resources.files("memjax.data") / "moby_dick_excerpt.txt").read_text(encoding="utf-8")
-    return smollm2.tokenizer.encode(text)[:1024]
+    return smollm2.tokenizer.encode(NOVEL.read())[:1024]
 
 
 PLAIN = "centre=none,balance=off"

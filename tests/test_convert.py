@@ -11,8 +11,9 @@ from flax import nnx
 
 import memjax as mj
 from memjax.convert import mla
-from memjax.convert.heal import Healing, divergences, heal, kl_divergence
+from memjax.convert.heal import Healing, divergences, heal
 from memjax.convert.model import bytes_per_token, convert, grouped_query, input_moments, windows
+from memjax.evaluate.compare import kl_divergence
 from memjax.models.config import llama_config
 from memjax.models.decoder import Decoder
 from memjax.models.load import LanguageModel

@@ -6,11 +6,10 @@ and passes it).
 
 import dataclasses
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from process_helpers import python_with
 from source_tree import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -18,22 +17,6 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import aot_decode_step
 import aot_gpu
 from kernel_cases import Case
-
-PYTHON = Path(os.environ.get("MEMJAX_AOT_PYTHON", REPOSITORY / ".venv-aot/bin/python"))
-
-
-@pytest.fixture(scope="module")
-def python() -> str:
-    """A Python with the compilers."""
-    if not PYTHON.exists():
-        pytest.skip(f"{PYTHON} does not exist: `make test` makes it, or MEMJAX_AOT_PYTHON names another")
-    return str(PYTHON)
-
-
-def needs(python: str, module: str) -> None:
-    if subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode:
-        pytest.skip(f"{python} cannot import {module}")
-
 
 INT3 = [Case(keys="int3", values="int3"), Case(model="dim 64", keys="int3", values="int3")]
 CASES = {
@@ -54,8 +37,8 @@ CASES = {
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", CASES)
-def test_gpu_kernels_compile_and_spill_nothing(python, kind):
-    needs(python, "jax_cuda13_plugin")
+def test_gpu_kernels_compile_and_spill_nothing(kind):
+    python = python_with("jax_cuda13_plugin")
     rows = aot_gpu.compile_all(kind, [dataclasses.asdict(case) for case in CASES[kind]], python=python)
     assert [aot_gpu.problem(row) for row in rows] == [None] * len(rows)
     assert all(0 < each["reg"] <= 255 for row in rows for each in row["kernels"])
@@ -74,8 +57,8 @@ def build(**fields):
 
 
 @pytest.mark.timeout(600)
-def test_what_spills_is_not_compiled(python, tmp_path, monkeypatch):
-    needs(python, "jax_cuda13_plugin")
+def test_what_spills_is_not_compiled(tmp_path, monkeypatch):
+    python = python_with("jax_cuda13_plugin")
     (tmp_path / "spilling.py").write_text(SPILLING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     (row,) = aot_gpu.compile_all("sm_90", [dataclasses.asdict(Case(keys="int4", values="int4"))], "spilling:build", python)
@@ -89,8 +72,8 @@ def test_a_spill_is_a_problem():
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("tpu", aot_decode_step.TOPOLOGIES)
-def test_a_decode_step_needs_what_the_ledger_says(python, tpu):
-    needs(python, "libtpu")
+def test_a_decode_step_needs_what_the_ledger_says(tpu):
+    python = python_with("libtpu")
     row = aot_decode_step.in_child(tpu, layers=2, python=python)
     assert aot_decode_step.problems(row) == []
 

@@ -18,6 +18,7 @@ import memjax as mj
 from memjax.models.config import ModelConfig
 from memjax.models.hf_config import FAMILIES, hf_config
 from memjax.models.load import load
+from memjax.models.safetensors import SafetensorsSource
 
 GOLDENS = Path(__file__).parent / "goldens"
 VARIANTS = sorted(path.parent.name for path in GOLDENS.glob("*/config.json"))
@@ -123,6 +124,22 @@ def test_the_text_part_of_a_multimodal_checkpoint(prefix, tmp_path):
     assert np.abs(np.asarray(forward(model.decoder, arrays["tokens"])) - arrays["logits"]).max() <= TOLERANCE
 
 
+def _counted(left: list[int]):
+    """Notes after each tensor how many are still to come, that one included."""
+    return lambda done, total: left.append(total - done + 1)
+
+
+@pytest.mark.parametrize("variant", ["deepseek_v3_fp8", "granite_hybrid_moe", "llama_tied"])
+def test_a_tensor_of_several_parameters_is_read_once(variant, monkeypatch):
+    """Keys' and values' up-projections, or experts' gates and inputs, lie in one tensor each."""
+    read, left = [], []
+    inner = SafetensorsSource.read
+    monkeypatch.setattr(SafetensorsSource, "read", lambda source, name: read.append(name) or inner(source, name))
+    load(GOLDENS / variant, progress=_counted(left))
+    assert len(read) == len(set(read)) >= len(left)  # fp8 blocks have tensors of scales besides
+    assert left == list(range(len(left), 0, -1))
+
+
 def test_layers_for_drafts_are_left_alone(tmp_path):
     """DeepSeek-V3 keeps its multi-token prediction behind the last layer; elsewhere such tensors are unexpected."""
     for variant in ("deepseek_v3", "llama_default"):
@@ -131,7 +148,8 @@ def test_layers_for_drafts_are_left_alone(tmp_path):
         (folder / "config.json").write_text((GOLDENS / variant / "config.json").read_text())
         tensors = load_file(GOLDENS / variant / "model.safetensors")
         save_file(tensors | {"model.layers.9.eh_proj.weight": np.ones((2, 2), np.float32)}, folder / "model.safetensors")
-    assert load(tmp_path / "deepseek_v3").config == load(GOLDENS / "deepseek_v3").config
+    assert load(tmp_path / "deepseek_v3", progress=_counted(seen := [])).config == load(GOLDENS / "deepseek_v3").config
+    assert seen == list(range(len(seen), 0, -1))
     with pytest.raises(ValueError, match=r"unexpected: model\.layers\.9\.eh_proj\.weight"):
         load(tmp_path / "llama_default")
 

@@ -3,31 +3,27 @@
 import dataclasses
 import json
 import math
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
+from process_helpers import python_with, run
 from source_tree import REPOSITORY
 
 import memjax as mj
-from memjax import cli
 from memjax.attention.rope import Rope
 from memjax.models.config import LatentConfig, MambaConfig, ModelConfig, MoeConfig, llama_config
 from memjax.models.decoder import Decoder, cache_specs
 from memjax.plan import planner
-from memjax.plan.compiled import MISSING, Compiled, CompileError, compiler_available
+from memjax.plan.compiled import MISSING, Compiled, CompileError
 from memjax.plan.hardware import GIB, tpu
 from memjax.plan.models import model_config, names
 from memjax.plan.placement import abstract_decoder, place_cache, place_weights, weight_spec
 from memjax.plan.planner import extrapolate, plan
 
-PYTHON = Path(os.environ.get("MEMJAX_AOT_PYTHON", REPOSITORY / ".venv-aot/bin/python"))
 TURBO = "turboquant(4,4)"
 TINY = llama_config(
     vocab=256,
@@ -221,18 +217,6 @@ def test_bad_input_is_named(changes, message):
         predict(**{"config": TINY} | changes)
 
 
-def run(monkeypatch, capsys, *arguments):
-    """Exit status, stdout and stderr of ``memjax plan ARGUMENTS``."""
-    monkeypatch.setattr(sys, "argv", ["memjax", "plan", *map(str, arguments)])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as exited:
-        status = exited.code or 0
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -244,7 +228,7 @@ def run(monkeypatch, capsys, *arguments):
     ],
 )
 def test_the_command_says_what_is_wrong_in_a_line(monkeypatch, capsys, arguments, message):
-    status, out, err = run(monkeypatch, capsys, *arguments)
+    status, out, err = run(monkeypatch, capsys, "plan", *arguments)
     assert (status, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
@@ -253,7 +237,7 @@ def test_the_command_says_what_is_wrong_in_a_line(monkeypatch, capsys, arguments
 def test_a_model_that_does_not_fit(monkeypatch, capsys, tmp_path):
     file = tmp_path / "plan.json"
     options = ["--tpu", "v5e:2x2", "--context", 1024, "--no-compile", "--json", file]
-    status, out, _ = run(monkeypatch, capsys, "llama-3-8b", *options, "--batch", 512)
+    status, out, _ = run(monkeypatch, capsys, "plan", "llama-3-8b", *options, "--batch", 512)
     data = json.loads(file.read_text())
     assert (status, data["fits"]) == (1, False)
     assert data["hbm"] == round(15.75 * GIB)
@@ -269,7 +253,7 @@ def test_a_checkpoint_folder_and_a_file_are_read_without_weights(monkeypatch, ca
     named = json.loads((REPOSITORY / "memjax/data/configs.json").read_text())["smollm2-135m"]
     (tmp_path / "config.json").write_text(json.dumps(named))
     for model in (tmp_path, tmp_path / "config.json"):
-        status, out, _ = run(monkeypatch, capsys, model, "--tpu", "v6e:1x1", "--context", 8192)
+        status, out, _ = run(monkeypatch, capsys, "plan", model, "--tpu", "v6e:1x1", "--context", 8192)
         assert status == 0
         assert MISSING in out
         assert "23,040 bytes per token" in out
@@ -288,7 +272,7 @@ def test_what_the_compiler_refuses(monkeypatch, capsys, message, status):
 
     monkeypatch.setattr(planner, "compiler_available", lambda python: True)
     monkeypatch.setattr(planner, "compile_in_child", refuse)
-    found, out, _ = run(monkeypatch, capsys, "smollm2-135m", "--tpu", "v6e:1x1", "--context", 1024)
+    found, out, _ = run(monkeypatch, capsys, "plan", "smollm2-135m", "--tpu", "v6e:1x1", "--context", 1024)
     assert found == status
     assert message in out
 
@@ -302,17 +286,8 @@ def test_few_layers_are_extrapolated():
     assert found.total == 340 + 10 + 5 + 4
 
 
-@pytest.fixture(scope="module")
-def python() -> str:
-    """A Python with libtpu."""
-    if not PYTHON.exists():
-        pytest.skip(f"{PYTHON} does not exist: `make test` makes it, or MEMJAX_AOT_PYTHON names another")
-    if not compiler_available(str(PYTHON)):
-        pytest.skip(f"{PYTHON} cannot import libtpu")
-    return str(PYTHON)
-
-
-def test_the_compiler_agrees(python):
+def test_the_compiler_agrees():
+    python = python_with("libtpu")
     subprocess.run([python, "-c", "import memjax.plan"], check=True)
     config = llama_config(
         vocab=8192,

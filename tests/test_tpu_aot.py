@@ -5,12 +5,10 @@ No TPU is needed, but libtpu: MEMJAX_AOT_PYTHON names a Python that has it (`mak
 
 import importlib.util
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from process_helpers import python_with
 from source_tree import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -20,7 +18,6 @@ import tpu_schedule
 from aot_tpu import NoCompilerError, Request, compile_all, problem
 from kernel_cases import Case, as_request, decode_cases, other_cases, refused_cases, served
 
-PYTHON = Path(os.environ.get("MEMJAX_AOT_PYTHON", REPOSITORY / ".venv-aot/bin/python"))
 # Bundles per 1,024 slots of a kv head in the steady loop, head dimension 128: what was measured, and 7 % more.
 BUDGET = {("v5e", "int8", None): 138, ("v5e", "int4", None): 131, ("v6e", "int8", None): 135, ("v6e", "int4", None): 133}
 BUDGET |= {("v5e", "int3", None): 195, ("v6e", "int3", None): 175, ("v6e", "int4", 256): 140, ("v6e", "int4", 64): 332}
@@ -29,12 +26,7 @@ LATENT = {"op": "mla_decode", "model": "deepseek-v3", "values": None}
 
 @pytest.fixture(scope="module")
 def python() -> str:
-    """A Python with libtpu."""
-    if not PYTHON.exists():
-        pytest.skip(f"{PYTHON} does not exist: `make test` makes it, or MEMJAX_AOT_PYTHON names another")
-    if subprocess.run([PYTHON, "-c", "import libtpu"], capture_output=True).returncode:
-        pytest.skip(f"{PYTHON} cannot import libtpu")
-    return str(PYTHON)
+    return python_with("libtpu")
 
 
 def compiled(python: str, cases: list[tuple[str, Case]], schedule: bool = False) -> list[dict]:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 from cache_helpers import quick_jit
 from flax import nnx
+from process_helpers import run
 
 import memjax as mj
-from memjax import cli
 from memjax.cache.ledger import dense_nbytes_per_token
 from memjax.models.decoder import Decoder, cache_specs
 from memjax.train import loop, twins
@@ -310,18 +309,6 @@ def test_bad_input_is_named(bad, message):
         bad()
 
 
-def command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of ``memjax train ARGUMENTS``."""
-    monkeypatch.setattr(sys, "argv", ["memjax", "train", *map(str, arguments)])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as exited:
-        status = exited.code or 0
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -331,7 +318,7 @@ def command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     ],
 )
 def test_the_command_names_bad_input(arguments, message, monkeypatch, capsys, tmp_path):
-    status, _, err = command(monkeypatch, capsys, "--out", tmp_path / "run", *arguments)
+    status, _, err = run(monkeypatch, capsys, "train", "--out", tmp_path / "run", *arguments)
     assert status == 2
     assert message in err
     assert not (tmp_path / "run").exists()
@@ -340,7 +327,7 @@ def test_the_command_names_bad_input(arguments, message, monkeypatch, capsys, tm
 @pytest.mark.parametrize("option", ["--twins", "--resume"])
 def test_the_command_needs_a_folder(option, monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("x")
-    status, _, err = command(monkeypatch, capsys, "--out", tmp_path / "file", option)
+    status, _, err = run(monkeypatch, capsys, "train", "--out", tmp_path / "file", option)
     assert status == 2
     assert "is a file" in err
 
@@ -348,16 +335,16 @@ def test_the_command_needs_a_folder(option, monkeypatch, capsys, tmp_path):
 def test_the_command_trains_and_goes_on(whole, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(twins.SIZES, "smoke", TWO_LAYERS)
     options = ["--mixer", "gqa", "--every", 20, "--out", tmp_path / "run"]
-    status, out, _ = command(monkeypatch, capsys, *options)
+    status, out, _ = run(monkeypatch, capsys, "train", *options)
     assert status == 0
     assert "cache of 128 bytes per token (bfloat16) and 0 of state" in out
     record = json.loads((tmp_path / "run/loss.json").read_text())
     assert record["validation"] == curve_json(whole[1])["validation"]
     assert len(record["train"]) == TINY.steps
     assert (tmp_path / "run/loss.png").stat().st_size > 10_000
-    status, _, err = command(monkeypatch, capsys, *options)
+    status, _, err = run(monkeypatch, capsys, "train", *options)
     assert (status, "is not empty" in err) == (2, True)
-    status, again, _ = command(monkeypatch, capsys, *options, "--resume")
+    status, again, _ = run(monkeypatch, capsys, "train", *options, "--resume")
     assert (status, again.split(" (")[0]) == (0, out.split(" (")[0])
 
 

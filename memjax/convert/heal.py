@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from memjax.convert.model import windows
+from memjax.evaluate.compare import kl_divergence
 from memjax.models.decoder import Decoder
 from memjax.models.load import LanguageModel
 
@@ -140,12 +141,6 @@ def divergences(decoder: Decoder, teacher: Decoder, ids: Sequence[int]) -> Float
     return np.concatenate(
         [np.asarray(_block(decoder, teacher, own[i : i + BLOCK], theirs[i : i + BLOCK])) for i in starts]
     )
-
-
-def kl_divergence(teacher_logits: Float[Array, "... V"], logits: Float[Array, "... V"]) -> Float[Array, "..."]:
-    """KL(softmax(teacher_logits) || softmax(logits)), nats."""
-    log_p, log_q = jax.nn.log_softmax(teacher_logits), jax.nn.log_softmax(logits)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 @jax.jit

@@ -273,11 +273,16 @@ class Reader:
         }
 
 
+def kl_divergence(wanted: Float[Array, "... V"], found: Float[Array, "... V"]) -> Float[Array, "..."]:
+    """KL(softmax(wanted) || softmax(found)) of logits, nats."""
+    log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(found)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
 @jax.jit
 def token_metrics(wanted: Float[Array, "T V"], found: Float[Array, "T V"], following: Int[Array, "F"]):
     """KL divergence and top-1 agreement per position; negative log-likelihood where a next token is known."""
-    reference, policy = jax.nn.log_softmax(wanted), jax.nn.log_softmax(found)
-    kld = jnp.sum(jnp.exp(reference) * (reference - policy), axis=-1)
+    kld, policy = kl_divergence(wanted, found), jax.nn.log_softmax(found)
     agree = jnp.argmax(wanted, axis=-1) == jnp.argmax(found, axis=-1)
     nll = -jnp.take_along_axis(policy[: following.shape[0]], following[:, None], axis=-1)[:, 0]
     return kld, agree, nll

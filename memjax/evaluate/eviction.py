@@ -31,17 +31,17 @@ from memjax.cache.ledger import dense_nbytes_per_token, nbytes
 from memjax.cache.parse import policy as parse_policy
 from memjax.cache.policy import CachePolicy, abstract
 from memjax.cache.spec import CacheSpec
+from memjax.data import NOVEL
 from memjax.evaluate.bootstrap import mean_interval
 from memjax.evaluate.compare import Progress, Row, token_metrics
 from memjax.evaluate.generated import UNCOMPRESSED
 from memjax.evaluate.layerwise import read_layers
 from memjax.evaluate.passkey import Multikey, Passkey
-from memjax.evaluate.suite import Result, Text, circumstances
+from memjax.evaluate.suite import Result, circumstances
 from memjax.evict import Duo
 from memjax.generate.reread import compress, rereading
 from memjax.models.load import LanguageModel
 
-NOVEL = Text("novel", "moby_dick_excerpt.txt")
 METHODS = (
     "streaming(4,{window})",
     "h2o({budget})",

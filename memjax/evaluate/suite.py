@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.resources
 import itertools
 import platform
 import time
@@ -21,6 +20,7 @@ import numpy as np
 from memjax.cache.parse import policy as parse_policy
 from memjax.cache.policy import CachePolicy, Windows, abstract
 from memjax.cache.spec import CacheSpec
+from memjax.data import CODE, NOVEL, Text
 from memjax.evaluate.bootstrap import BLOCK, LEVEL, SAMPLES, block_length, mean_interval, paired_difference
 from memjax.evaluate.compare import Job, Reader, Reading, Row, Setup
 from memjax.evaluate.generated import UNCOMPRESSED, Cache, generate_samples, retrieve
@@ -56,18 +56,6 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text that is shipped with memjax: its name in rows, and its file in ``memjax.data``."""
-
-    name: str
-    file: str
-
-    def read(self) -> str:
-        """The whole text."""
-        return (importlib.resources.files("memjax.data") / self.file).read_text(encoding="utf-8")
-
-
-@dataclass(frozen=True)
 class Suite:
     """What is measured.
 
@@ -85,8 +73,7 @@ class Suite:
     depths: tuple[float, ...]
 
 
-_NOVEL, _CODE = Text("novel", "moby_dick_excerpt.txt"), Text("code", "code_sample.py.txt")
-SUITES = {"kv": Suite("kv", (_NOVEL, _CODE), KV_POLICIES, _NOVEL, (0.1, 0.5, 0.9))}
+SUITES = {"kv": Suite("kv", (NOVEL, CODE), KV_POLICIES, NOVEL, (0.1, 0.5, 0.9))}
 
 
 @dataclass(frozen=True)

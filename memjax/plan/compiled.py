@@ -18,7 +18,7 @@ from dataclasses import dataclass
 MISSING = "not compiled: pip install 'jax[tpu]'"
 TIMEOUT = 3600.0  # seconds
 _FAILURE = re.compile(r"Check failed|INTERNAL|UNIMPLEMENTED|RESOURCE_EXHAUSTED|Mosaic failed|Error:")
-_ENVIRONMENT = {
+COMPILER_ENVIRONMENT = {  # of a process that compiles for a TPU on a machine without one
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -106,7 +106,7 @@ def compile_in_child(request: Request, python: str = sys.executable, timeout: fl
     Raises:
       CompileError: the compiler refuses, dies, or takes longer than ``timeout`` seconds.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | _ENVIRONMENT
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | COMPILER_ENVIRONMENT
     command = [python, "-m", "memjax.plan.compiled"]
     if python == sys.executable:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ import tokenizers
 from jaxtyping import Int, UInt8
 from tokenizers import decoders, models, pre_tokenizers
 
+from memjax.data import CODE, NOVEL
 from memjax.models.tokenizer import Tokenizer
 
 VOCAB = 256
 HELD_OUT = 10  # the last tenth of each text is for validation
-_PACKAGED = ("moby_dick_excerpt.txt", "code_sample.py.txt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +41,7 @@ class Corpus:
 
 def packaged_texts() -> list[bytes]:
     """The excerpt of a novel and the file of code that memjax brings along, 90 KB together."""
-    folder = importlib.resources.files("memjax.data")
-    return [(folder / name).read_bytes() for name in _PACKAGED]
+    return [text.read().encode() for text in (NOVEL, CODE)]
 
 
 def read_texts(paths: Sequence[str | Path]) -> list[bytes]:
