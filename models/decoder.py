@@ -6,7 +6,7 @@ A decoder is a pytree: pass it to ``jax.jit`` as an argument. It owns no cache; 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,8 @@ from memjax.models.mamba import Mamba, recurrent_spec
 from memjax.models.mlp import MLP, MoE
 from memjax.models.norm import RMSNorm
 from memjax.models.source import TensorSource, check_tensors
-from memjax.models.tensors import stored_parameters
-from memjax.models.through import through_cache
-from memjax.pallas_kernels.codes import dense
-from memjax.pallas_kernels.decode import decode
-from memjax.pallas_kernels.slots import Span
+from memjax.models.tensors import Path, Stored, stored_parameters
+from memjax.models.through import first_positions, read_new, through_cache
 
 
 def _norm(config: ModelConfig, size: int, dtype: DTypeLike) -> RMSNorm:
@@ -81,24 +78,12 @@ class Attention(nnx.Module):
         return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)
 
     def _own_tokens(self, q: Array, k: Array, v: Array) -> Array:
-        batch, tokens, heads, dim = q.shape
-        positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
-        config = self.config
+        config, positions = self.config, first_positions(q)
         if config.rope is not None:
-            q, k = (apply_rope(x, positions, config.rope, tokens) for x in (q, k))
-        groups = heads // k.shape[2]
-        out, _ = decode(
-            q.swapaxes(1, 2).reshape(batch, -1, groups * tokens, dim),
-            dense(jnp.moveaxis(k, 1, -1)),
-            dense(jnp.moveaxis(v, 1, -1)),
-            q_pos=jnp.tile(positions, (1, groups)),
-            k_pos=Span(jnp.zeros((batch,), jnp.int32), jnp.full((batch,), tokens, jnp.int32)),
-            scale=dim**-0.5 if config.scale is None else config.scale,
-            window=config.window,
-            softcap=config.softcap,
-            implementation="xla",
-        )
-        return out.reshape(batch, heads, tokens, dim).swapaxes(1, 2).astype(q.dtype)
+            q, k = (apply_rope(x, positions, config.rope, q.shape[1]) for x in (q, k))
+        scale = q.shape[-1] ** -0.5 if config.scale is None else config.scale
+        out, _ = read_new(q, k, v, positions, scale=scale, window=config.window, softcap=config.softcap)
+        return out.astype(q.dtype)
 
 
 def _mixer(mixer: Mixer, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
@@ -231,10 +216,10 @@ def load_decoder(
     dtype: DTypeLike = jnp.float32,
     progress: Callable[[str], None] | None = None,
 ) -> Decoder:
-    """A decoder with the weights of a checkpoint, read one parameter at a time.
+    """A decoder with the weights of a checkpoint, each tensor read once, those of one parameter at a time.
 
     Args:
-      progress: called with each tensor's name once it is in place.
+      progress: called with each tensor's name, of ``expected_tensors``, once it is in place.
 
     Raises:
       ValueError: missing, unexpected or misshapen tensors, found before any is read.
@@ -242,13 +227,22 @@ def load_decoder(
     check_tensors(config, source)
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
-    stored, filled = stored_parameters(config), []
-    for path, variable in nnx.to_flat_state(state):
-        each = stored[path]
-        read = [source.read(name) for name in each.names]
-        tensor = each.place(np.stack(read) if len(read) > 1 else read[0])
-        filled.append((path, variable.replace(jnp.asarray(tensor, dtype=variable.get_value().dtype))))
+    variables, filled = dict(nnx.to_flat_state(state)), []
+    for names, places in _by_tensors(stored_parameters(config)).items():
+        read = [source.read(name) for name in names]
+        tensor = np.stack(read) if len(read) > 1 else read[0]
+        for path, place in places:
+            variable = variables[path]
+            filled.append((path, variable.replace(jnp.asarray(place(tensor), dtype=variable.get_value().dtype))))
         if progress is not None:
-            for name in each.names:
+            for name in names:
                 progress(name)
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _by_tensors(stored: Mapping[Path, Stored]) -> dict[tuple[str, ...], list[tuple[Path, Callable]]]:
+    """Parameters by the tensors that they are made of: keys' and values' up-projections, say, lie in one."""
+    found: dict[tuple[str, ...], list[tuple[Path, Callable]]] = {}
+    for path, each in stored.items():
+        found.setdefault(each.names, []).append((path, each.place))
+    return found

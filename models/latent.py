@@ -20,15 +20,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from memjax.attention.attend import attend_committed, reads_apart
 from memjax.attention.rope import Rope, apply_rope
-from memjax.cache.layer import LayerCache
+from memjax.cache.layer import LayerCache, commit, staged_positions, update
 from memjax.cache.spec import CacheSpec
 from memjax.models.config import LatentConfig
 from memjax.models.norm import RMSNorm
-from memjax.models.through import through_cache
-from memjax.pallas_kernels.codes import dense
-from memjax.pallas_kernels.decode import decode
-from memjax.pallas_kernels.slots import Span
+from memjax.models.through import first_positions, read_new, through_cache
+from memjax.pallas_kernels.merge import Part, merge
 
 
 def yarn_softmax_scale(dim: int, rope: Rope | None) -> float:
@@ -66,12 +65,27 @@ def latent_spec(config: LatentConfig, batch: int, capacity: int, dtype: str = "b
     )
 
 
+def naive_from(config: LatentConfig) -> float:
+    """New tokens from which on reading each other naively takes fewer multiplications, keys and values included.
+
+    DeepSeek-V3:
+
+    >>> sizes = {"q_heads": 128, "kv_rank": 512, "nope_dim": 128, "rope_dim": 64, "value_dim": 128}
+    >>> round(naive_from(LatentConfig(**sizes, q_rank=1536, rope=None)))
+    171
+    """
+    made = config.nope_dim + config.value_dim
+    saved = 2 * config.kv_rank - made
+    return config.kv_rank * made / saved if saved > 0 else math.inf
+
+
 class LatentAttention(nnx.Module):
-    """MLA that reads and writes a layer's cache in the absorbed form, or attends to its own tokens, without one, naively.
+    """MLA: what the cache holds is read in the absorbed form, many new tokens read each other naively.
 
     Per head and pair of tokens the absorbed form takes 2 kv_rank + rope_dim multiplications and the naive one nope_dim +
-    rope_dim + value_dim (DeepSeek-V3: 1,088 and 320). Through a cache prompts are read in the absorbed form, too: ``attend``
-    cannot leave the new tokens out, so that they could be read naively and merged.
+    rope_dim + value_dim (DeepSeek-V3: 1,088 and 320), and kv_rank (nope_dim + value_dim) per head and token to make keys and
+    values. So from ``naive_from(config)`` new tokens on those are kept out of the absorbed reading, and both are merged by
+    log-sum-exp; unless the cache's scores come from attention to the new tokens, or they are compressed first.
 
     Attributes:
       q, or q_a, q_norm, q_b: the queries' projection, directly or through a latent.
@@ -120,10 +134,23 @@ class LatentAttention(nnx.Module):
             real = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
             x = jnp.where(real[..., None], x, 0)
         if cache is None:
-            return self._project_out(self._own_tokens(x)), None
+            own, _ = self._read_new(x, first_positions(x), x.shape[1])
+            return self._project_out(own.astype(x.dtype)), None
         q, stream, _ = self.project(x)
+        if x.shape[1] >= naive_from(self.config) and not compress_first and reads_apart(cache):
+            return self._prefill(x, q, update(cache, stream, None, lengths, queries=q))
         read, cache = through_cache(cache, q, stream, None, lengths, compress_first)
         return self.finish(read), cache
+
+    def _prefill(self, x: Array, q: Array, cache: LayerCache) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """The committed tokens read in the absorbed form, the staged ones naively."""
+        place = cache.layout
+        before, lse = attend_committed(cache, q)
+        before = jnp.einsum("btnc,ncv->btnv", before, self.up_value[...].astype(before.dtype))
+        positions = staged_positions(cache, x.shape[1])
+        limits = {"recent": place.recent, "sinks": place.sinks}
+        own = self._read_new(x, positions, cache.spec.capacity, cache.staged_count, **limits)
+        return self._project_out(merge([(before, lse), own])[0].astype(x.dtype)), commit(cache)
 
     def project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T N H"], Float[Array, "B T 1 H"], None]:
         """Absorbed queries, the stream that is cached, and no values; not rotated yet. H = kv_rank + rope_dim."""
@@ -154,23 +181,22 @@ class LatentAttention(nnx.Module):
         latent, rotary = jnp.split(self.kv_a(x), [self.config.kv_rank], axis=-1)
         return latent if self.kv_norm is None else self.kv_norm(latent), rotary
 
-    def _own_tokens(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N V"]:
-        """The naive form, causal, in memory bounded by blocks of keys."""
-        config, (batch, tokens, _) = self.config, x.shape
-        (plain, q_rotary), (latent, rotary) = self._queries(x), self._latent(x)
+    def _read_new(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], capacity: int, lengths: Array | None = None, **limits
+    ) -> Part:
+        """The naive form among the tokens of ``x``: [B, T, N, value_dim], float32, and log-sum-exps [B, T, N]."""
+        config, (plain, q_rotary), (latent, rotary) = self.config, self._queries(x), self._latent(x)
         rotary = rotary[:, :, None]
-        positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
         if config.rope is not None:
-            q_rotary, rotary = (apply_rope(each, positions, config.rope, tokens) for each in (q_rotary, rotary))
-        keys = jnp.einsum("btc,nhc->bnht", latent, self.up_key[...])
-        shared = jnp.broadcast_to(jnp.moveaxis(rotary, 1, -1), (batch, config.q_heads, config.rope_dim, tokens))
-        out, _ = decode(
-            jnp.concatenate([plain, q_rotary], axis=-1).swapaxes(1, 2),
-            dense(jnp.concatenate([keys, shared], axis=2)),
-            dense(jnp.einsum("btc,ncv->bnvt", latent, self.up_value[...])),
-            q_pos=positions,
-            k_pos=Span(jnp.zeros((batch,), jnp.int32), jnp.full((batch,), tokens, jnp.int32)),
+            q_rotary, rotary = (apply_rope(each, positions, config.rope, capacity) for each in (q_rotary, rotary))
+        keys = jnp.einsum("btc,nhc->btnh", latent, self.up_key[...])
+        rotary = jnp.broadcast_to(rotary, (*keys.shape[:3], config.rope_dim))
+        return read_new(
+            jnp.concatenate([plain, q_rotary], axis=-1),
+            jnp.concatenate([keys, rotary], axis=-1),
+            jnp.einsum("btc,ncv->btnv", latent, self.up_value[...]),
+            positions,
+            lengths,
             scale=_scale(config),
-            implementation="xla",
+            **limits,
         )
-        return out.swapaxes(1, 2).astype(x.dtype)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from memjax.attention.attend import attend
 from memjax.cache.layer import LayerCache, commit, update
 from memjax.cache.pools import HeadPools
+from memjax.pallas_kernels.codes import dense
+from memjax.pallas_kernels.decode import decode
+from memjax.pallas_kernels.merge import Part
+from memjax.pallas_kernels.slots import Span
 
 STAGED_IN_ALL_LAYERS = 16  # new tokens up to which layers wait for each other, to encode theirs together
 
@@ -34,3 +39,41 @@ def through_cache(
         cache = commit(attend(cache, q)[1] if cache.observed else cache)
     out, cache = attend(cache, q)
     return out, cache if q.shape[1] <= STAGED_IN_ALL_LAYERS else commit(cache)
+
+
+def read_new(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, "B"] | None = None,
+    **options,
+) -> Part:
+    """What new tokens read from each other, causally, in memory bounded by blocks of keys.
+
+    Args:
+      q, k: rotated already.
+      positions: where the tokens stand in the text, one behind the other.
+      lengths: how many of each row are real; None: all.
+      options: scale, window, softcap, recent and sinks, as for ``decode``.
+
+    Returns:
+      Outputs [B, T, N, Hv], float32, and the log-sum-exp of the scores [B, T, N].
+    """
+    batch, tokens, heads, dim = q.shape
+    groups = heads // k.shape[2]
+    out, lse = decode(
+        q.swapaxes(1, 2).reshape(batch, -1, groups * tokens, dim),
+        dense(jnp.moveaxis(k, 1, -1)),
+        dense(jnp.moveaxis(v, 1, -1)),
+        q_pos=jnp.tile(positions, (1, groups)),
+        k_pos=Span(positions[:, 0], jnp.full((batch,), tokens, jnp.int32) if lengths is None else lengths),
+        implementation="xla",
+        **options,
+    )
+    return out.reshape(batch, heads, tokens, -1).swapaxes(1, 2), lse.reshape(batch, heads, tokens).swapaxes(1, 2)
+
+
+def first_positions(x: Float[Array, "B T ..."]) -> Int[Array, "B T"]:
+    """Positions of tokens that begin a text."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])

@@ -94,6 +94,37 @@ def attend(
     return jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out).astype(q.dtype), cache
 
 
+def reads_apart(cache: LayerCache) -> bool:
+    """Whether ``attend_committed`` can serve: staged tokens need no attention but their own, and no sinks stand apart."""
+    place = cache.layout
+    judged = any(x is not None for x in (place.observer, cache.moments, cache.bounds, cache.refined))
+    return not judged and not (isinstance(cache.spec.rope, Rope) and place.recent is not None and place.sinks)
+
+
+def attend_committed(
+    cache: LayerCache, q: Float[Array, "B T N H"]
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """What the staged tokens' queries read from the tokens before those: a part of ``attend``, to be merged with the rest.
+
+    Args:
+      cache: one for which ``reads_apart`` holds.
+      q: as for ``attend``, one query per staged token.
+
+    Returns:
+      Outputs, float32, and the log-sum-exp of the scores: 0 and -inf where nothing has been committed. NaN in rows that were
+      given more tokens than ``spec.capacity``.
+    """
+    batch, tokens, heads, _ = q.shape
+    reader = Reader(dataclasses.replace(cache, staged=None), q, staged_positions(cache, tokens), True)
+    parts = reader.recent_parts()
+    if cache.history is not None:
+        parts += reader.history_parts(parts)
+    nothing = jnp.zeros((*reader.q.shape[:3], cache.spec.value_dim)), jnp.full(reader.q.shape[:3], -jnp.inf)
+    out, lse = merge(parts) if parts else nothing
+    out, lse = (x.reshape(batch, heads, tokens, *x.shape[3:]).swapaxes(1, 2) for x in (out, lse))
+    return jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out), lse
+
+
 def _observed(reader: Reader, q: Array, out: Array, lse: Array) -> LayerCache:
     """The cache with the scores that the attention of its observer's queries gives to tokens."""
     cache, observer, tokens = reader.cache, reader.cache.layout.observer, q.shape[1]
