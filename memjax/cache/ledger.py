@@ -146,7 +146,8 @@ def _basis_numbers(policy: CachePolicy, spec: CacheSpec) -> int:
     if front.calibration:
         return fits + streams * means * (1 + 2 * spec.coded_dim)
     balanced = front.balance != "off"
-    return fits + spec.batch * means * (streams * ((front.centre != "none") + balanced) + balanced)
+    queries = balanced and spec.latent_dim is None
+    return fits + spec.batch * means * (streams * ((front.centre != "none") + balanced) + queries)
 
 
 def dense_nbytes_per_token(spec: LayerSpec | Sequence[LayerSpec], itemsize: int = 2) -> int:

@@ -349,6 +349,8 @@ def _init(policy: Policy, spec: LayerSpec | Sequence[LayerSpec], layer: int = 0)
     if isinstance(policy, LayerwisePolicy):
         raise ValueError("a per_layer policy needs the specs of all layers, got one spec")
     if isinstance(spec, RecurrentSpec):
+        if policy.evictor is not None:
+            policy.evictor.check_recurrent()
         return init_recurrent(spec)
     pools = pools_of(policy, spec)
     if len(pools) == 1:

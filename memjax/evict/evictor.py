@@ -41,6 +41,9 @@ class Evictor:
     def validate(self, spec: CacheSpec) -> None:
         """Raises ValueError if the evictor cannot serve ``spec``, with the reason."""
 
+    def check_recurrent(self) -> None:
+        """Raises ValueError if no layer of a model may have a recurrent state, which is otherwise left alone."""
+
     def check_model(self, layers: int, fingerprint: str) -> None:
         """Raises ValueError if the evictor holds figures of another model than that of ``fingerprint``."""
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from memjax.cache.spec import CacheSpec
 from memjax.evict.evictor import Limited
 
 
@@ -28,6 +29,19 @@ class Rereading(Limited):
     name: ClassVar[str] = "rereading"
     instruction: ClassVar[str] = ""  # said before each chunk of the second reading
     preceding: ClassVar[int] = 0  # tokens before a chunk that are read again with it
+
+    def validate(self, spec: CacheSpec) -> None:
+        """Raises ValueError for a latent stream."""
+        if spec.latent_dim is not None:
+            raise ValueError(
+                f"{self.name} reads a prompt again through keys and values, and a latent stream is neither; use snapkv"
+            )
+
+    def check_recurrent(self) -> None:
+        """Raises ValueError: the second reading goes through keys and values in all layers."""
+        raise ValueError(
+            f"{self.name} reads a prompt again through keys and values, and a recurrent layer has none; use snapkv"
+        )
 
     def sees(
         self, pos: Int[Array, "B 1|K S"], begin: Int[Array, "B"], end: Int[Array, "B"], again: Int[Array, "B"]
