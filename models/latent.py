@@ -146,10 +146,10 @@ class LatentAttention(nnx.Module):
         """The committed tokens read in the absorbed form, the staged ones naively."""
         place = cache.layout
         before, lse = attend_committed(cache, q)
-        before = jnp.einsum("btnc,ncv->btnv", before, self.up_value[...].astype(before.dtype))
         positions = staged_positions(cache, x.shape[1])
         limits = {"recent": place.recent, "sinks": place.sinks}
         own = self._read_new(x, positions, cache.spec.capacity, cache.staged_count, **limits)
+        before = self._values(before.astype(x.dtype)).astype(jnp.float32)
         return self._project_out(merge([(before, lse), own])[0].astype(x.dtype)), commit(cache)
 
     def project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T N H"], Float[Array, "B T 1 H"], None]:
@@ -161,7 +161,10 @@ class LatentAttention(nnx.Module):
 
     def finish(self, read: Float[Array, "B T N C"]) -> Float[Array, "B T D"]:
         """The layer's output from the latents that absorbed queries have read."""
-        return self._project_out(jnp.einsum("btnc,ncv->btnv", read, self.up_value[...]))
+        return self._project_out(self._values(read))
+
+    def _values(self, latents: Float[Array, "B T N C"]) -> Float[Array, "B T N V"]:
+        return jnp.einsum("btnc,ncv->btnv", latents, self.up_value[...])
 
     def _project_out(self, heads: Float[Array, "B T N V"]) -> Float[Array, "B T D"]:
         return self.out(heads.reshape(*heads.shape[:2], -1))

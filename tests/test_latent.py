@@ -140,6 +140,15 @@ def test_a_prompt_is_read_alike_in_both_forms(text, monkeypatch):
     chex.assert_trees_all_equal(cache, other)
 
 
+def test_bfloat16_weights_and_cache():
+    layer, x = LatentAttention(CONFIGS[PLAIN], WIDTH, jnp.bfloat16, nnx.Rngs(0)), jnp.asarray(inputs()[:, :44], jnp.bfloat16)
+    cache = mj.policy("dense").init(latent_spec(CONFIGS[PLAIN], BATCH, CAPACITY, "bfloat16"))
+    whole, (first, cache) = run(layer, x)[0], run(layer, x[:, :22], cache)
+    rest, _ = run(layer, x[:, 22:], cache)
+    assert rest.dtype == jnp.bfloat16
+    assert relative_error(np.float32(jnp.concatenate([first, rest], axis=1)), np.float32(whole)) < 0.02
+
+
 def test_a_prompt_takes_fewer_operations_naively(monkeypatch):
     """With 66 new tokens, far above ``naive_from``; the scores are the same."""
     layer, cache = layer_of(PLAIN), mj.policy("dense").init(latent_spec(CONFIGS[PLAIN], BATCH, TOKENS, "float32"))
