@@ -30,7 +30,7 @@ def plan(
 ) -> None:
     """Weights, cache and temporaries of a decode step per TPU device. Exit status: 0 it fits, 1 it does not, 2 no answer.
 
-    Nothing is downloaded or allocated. With libtpu (pip install 'jax[tpu]') the step is compiled for the slice, without one.
+    Nothing is downloaded or allocated. With libtpu (pip install libtpu) the step is compiled for the slice, without one.
     """
     from memjax.plan.models import model_config
     from memjax.plan.planner import plan as run
