@@ -242,9 +242,8 @@ def test_transforms_go_through_the_pools():
 
 def test_a_calibration_file_is_about_all_heads(tmp_path):
     draw, file = np.random.default_rng(0), str(tmp_path / "file.safetensors")
-    layer = {f"{side}_mean": draw.standard_normal((HEADS, DIM)) for side in "kv"}
-    layer |= {f"{side}_{what}": draw.standard_normal((HEADS, DIM, DIM)) for side in "kv" for what in ("balance", "inverse")}
-    save_calibration(file, [layer], {"fingerprint": "abc", "centre": "none", "tokens": 9})
+    layer = {f"{side}_{what}": draw.standard_normal((HEADS, DIM, DIM)) for side in "kv" for what in ("balance", "inverse")}
+    save_calibration(file, [layer], {"fingerprint": "abc", "tokens": 9})
     coded = f"int8(calibration={file})+protect(2,4)"
     policy, whole = mj.policy(f"{DUO}+{coded}"), mj.policy(coded).init(SPEC).basis
     cache = policy.init(SPEC)

@@ -366,13 +366,13 @@ def test_codecs_of_single_tokens_have_it_unless_they_are_told(name):
 def calibration(path, layers: int = 2, fingerprint: str = "abc", seed: int = 11) -> str:
     rng, stored = np.random.default_rng(seed), []
     for _ in range(layers):
-        arrays = {"k_mean": rng.standard_normal((HEADS, DIM)), "v_mean": rng.standard_normal((HEADS, DIM))}
+        arrays = {}
         for side in "kv":
             moments = [np.cov(rng.standard_normal((DIM, 99))) for _ in range(2 * HEADS)]
             both = [balanced_basis(*moments[2 * h : 2 * h + 2]) for h in range(HEADS)]
             arrays |= {f"{side}_balance": np.stack([b[0] for b in both]), f"{side}_inverse": np.stack([b[1] for b in both])}
         stored.append(arrays)
-    save_calibration(path, stored, {"fingerprint": fingerprint, "centre": "rope"})
+    save_calibration(path, stored, {"fingerprint": fingerprint})
     return str(path)
 
 
@@ -387,15 +387,20 @@ def test_the_balanced_basis_makes_both_moments_the_same_diagonal():
 
 
 def test_a_calibrated_cache(tmp_path):
-    """Its rows share one basis, which the ledger counts and nothing changes."""
+    """Its rows share matrices, which the ledger counts and nothing changes; means are each row's own."""
     path = calibration(tmp_path / "model.safetensors")
     policy = mj.policy(f"int8(calibration={path})+protect(2,4)")
     caches = policy.init([SPEC, SPEC])
     assert mj.nbytes(caches) == mj.predict_nbytes(policy, [SPEC, SPEC])
-    assert not np.array_equal(caches[0].basis.k_mean, caches[1].basis.k_mean)
+    assert not np.array_equal(caches[0].basis.k_balance, caches[1].basis.k_balance)
     tokens = biased(13, size=1.0)
     found, cache = read(caches[1], tokens, [40, 9])
-    np.testing.assert_array_equal(cache.basis.k_mean, caches[1].basis.k_mean)
+    for name in ("k_balance", "k_inverse", "v_balance", "v_inverse"):
+        np.testing.assert_array_equal(getattr(cache.basis, name), getattr(caches[1].basis, name))
+    own = read(mj.policy("int8(balance=off)+protect(2,4)").init(SPEC), tokens, [40, 9])[1].basis
+    for name in ("k_mean", "v_mean"):
+        np.testing.assert_array_equal(getattr(cache.basis, name), getattr(own, name))
+        assert np.abs(np.asarray(getattr(own, name))).max() > 0.1
     assert relative_error(found, dense_oracle(tokens)) < 0.05
 
 
@@ -407,18 +412,17 @@ def test_wrong_calibration_files_are_refused(tmp_path):
         check_fingerprint(path, "xyz")
     with pytest.raises(ValueError, match="holds 2 layers, this model has a layer 2"):
         load_basis(path, SPEC, 2)
-    with pytest.raises(ValueError, match=r"k_mean \[2, 16\] for layer 0, this layer needs \[2, 32\]"):
+    with pytest.raises(ValueError, match=r"k_balance \[2, 16, 16\] for layer 0, this layer needs \[2, 32, 32\]"):
         load_basis(path, dataclasses.replace(SPEC, head_dim=32, rope=None), 0)
     with pytest.raises(FileNotFoundError, match="no calibration file nowhere: write one with `memjax calibrate`"):
         mj.policy("int4(calibration=nowhere)+protect(2,4)").init(SPEC)
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(ValueError, match="cannot be read as a calibration file"):
         read_facts(tmp_path / "text.safetensors")
-    broken = {"k_mean": np.full((HEADS, DIM), np.nan)} | {
-        name: np.ones((HEADS, DIM)) for name in ("k_balance", "k_inverse", "v_mean", "v_balance", "v_inverse")
-    }
-    save_calibration(tmp_path / "nan.safetensors", [broken], {"fingerprint": "abc", "centre": "rope"})
-    with pytest.raises(ValueError, match="numbers in k_mean of layer 0 that are not finite"):
+    broken = {name: np.ones((HEADS, DIM, DIM)) for name in ("k_inverse", "v_balance", "v_inverse")}
+    broken["k_balance"] = np.full((HEADS, DIM, DIM), np.nan)
+    save_calibration(tmp_path / "nan.safetensors", [broken], {"fingerprint": "abc"})
+    with pytest.raises(ValueError, match="numbers in k_balance of layer 0 that are not finite"):
         load_basis(str(tmp_path / "nan.safetensors"), SPEC, 0)
     with pytest.raises(ValueError, match="not finite cannot be balanced"):
         balanced_basis(np.full((2, 2), np.nan), np.eye(2))

@@ -215,17 +215,7 @@ def update(
         score=jnp.zeros((spec.batch, spec.kv_heads, k.shape[-1]), jnp.float32) if cache.layout.observer else None,
     )
     cache = dataclasses.replace(cache, staged=staged, staged_count=count)
-    return _observed(cache, queries, output_projection) if _measures(cache) else cache
-
-
-def _measures(cache: LayerCache) -> bool:
-    """Whether anything of the basis comes from the row's own tokens."""
-    basis = cache.basis
-    return basis is not None and (not _calibrated(cache) or basis.k_fit is not None or basis.v_fit is not None)
-
-
-def _calibrated(cache: LayerCache) -> bool:
-    return bool(cache.policy.resolved_front().calibration)
+    return _observed(cache, queries, output_projection) if cache.basis is not None else cache
 
 
 def _starts(cache: LayerCache) -> Bool[Array, "B"]:
@@ -241,7 +231,7 @@ def _observed(cache: LayerCache, queries: Array | None, output_projection: Array
         if isinstance(spec.rope, Rope):
             queries = apply_rope(queries, at, spec.rope, spec.capacity)
         basis = observe(basis, queries, at - cache.length[:, None] < cache.staged_count[:, None])
-    if output_projection is not None and basis.v_balance is not None:
+    if output_projection is not None and basis.v_balance is not None and basis.v_inverse is None:
         # Most steps would read the projection for nothing.
         weight = jax.lax.cond(
             jnp.any(_starts(cache)),
@@ -257,7 +247,7 @@ def _measured(caches: list[LayerCache]) -> list[LayerCache]:
 
     Nothing reads a row's basis before that, so it can wait for the commit, where the layers of a decode step share a program.
     """
-    if not _measures(caches[0]):
+    if caches[0].basis is None:
         return caches
     apart = dict.fromkeys(("sinks", "history", "rest", "host", "refined", "bounds"))
     light = [dataclasses.replace(cache, policy=caches[0].policy, **apart) for cache in caches]
@@ -278,10 +268,9 @@ def _own_basis(cache: LayerCache) -> Basis:
     """The basis, of rows that start from the tokens at hand."""
     spec, old = cache.spec, cache.basis
     new, first = old, _starts(cache)
-    if not _calibrated(cache):
-        block, position, real = _at_hand(cache, 1)
-        v = None if block.v is None else block.v.data
-        new = measure(new, block.k.data, v, position, real, spec, cache.staged_weight)
+    block, position, real = _at_hand(cache, 1)
+    v = None if block.v is None else block.v.data
+    new = measure(new, block.k.data, v, position, real, spec, cache.staged_weight)
     new = fit_codec(new, cache.policy.codec, *_at_hand(cache, cache.layout.tile), spec)
     return jax.tree.map(lambda a, b: a if a is b else jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
 

@@ -137,14 +137,14 @@ def _predict_attention(policy: CachePolicy, spec: CacheSpec) -> Bytes:
 def _basis_numbers(policy: CachePolicy, spec: CacheSpec) -> int:
     """Numbers that the front end and the codec keep.
 
-    Means and factors of each row, or one set of means and matrices from a file; and what the codec measures itself.
+    Means of each row, and factors of each or one set of matrices from a file; and what the codec measures itself.
     """
     front, streams = policy.resolved_front(), 1 if spec.latent_dim else 2
     means = spec.kv_heads * spec.coded_dim
     shapes = [each.fit_shape(spec.coded_dim) for each in (policy.codec.keys, policy.codec.values)]
     fits = spec.batch * spec.kv_heads * sum(math.prod(shape) for shape in shapes if shape is not None)
     if front.calibration:
-        return fits + streams * means * (1 + 2 * spec.coded_dim)
+        return fits + streams * means * (spec.batch + 2 * spec.coded_dim)
     balanced = front.balance != "off"
     queries = balanced and spec.latent_dim is None
     return fits + spec.batch * means * (streams * ((front.centre != "none") + balanced) + queries)

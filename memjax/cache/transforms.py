@@ -66,10 +66,9 @@ def _quantize(
     if cache.host is not None:
         whole = pool.load(cache.host, cache.history)
         at = positions(host_positions(cache, resident=True), whole.slots)
-    if basis is not None and not policy.resolved_front().calibration:
+    if basis is not None:
         v = None if whole.v is None else whole.v.data
         basis = measure(basis, whole.k.data, v, at, at >= 0, spec, None)
-    if basis is not None:
         basis = fit_codec(basis, codec, whole, at, at >= 0, spec)
     history = encode(cache.history, position, codec, basis, spec)
     old, host = cache.history, None

@@ -53,8 +53,7 @@ def calibrate(
         hidden = [next_hidden(layer, x) for x in hidden]
         if progress is not None:
             progress(f"layer {i + 1} of {len(specs)}")
-    centre = FrontEnd().resolved(specs[0]).centre
-    facts = {"fingerprint": model.fingerprint, "centre": centre, "tokens": sum(t.shape[1] for t in texts), "shrink": shrink}
+    facts = {"fingerprint": model.fingerprint, "tokens": sum(t.shape[1] for t in texts), "shrink": shrink}
     save_calibration(path, layers, facts)
 
 
@@ -70,7 +69,7 @@ def _statistics(layer: Layer, hidden: list, spec: CacheSpec, shrink: float) -> d
         spec.kv_heads, -1, spec.value_dim, hidden[0].shape[2]
     )
     gram = np.einsum("kghd,kged->khe", kernel, kernel)
-    found = {"k_mean": k_mean[0], "v_mean": v_mean[0]}
+    found = {}
     for side, spread, weight in (("k", k_spread, q_weight), ("v", v_spread, gram)):
         matrices = [balanced_basis(s, w, shrink) for s, w in zip(spread, weight, strict=True)]
         found |= {f"{side}_balance": np.stack([m[0] for m in matrices]), f"{side}_inverse": np.stack([m[1] for m in matrices])}

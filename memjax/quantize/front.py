@@ -15,9 +15,10 @@ that attention rests on small values lie beside large keys, and the error of tho
 to latent attention, 4 bits: KL .0009; with the s_j that suits keys .0056.)
 
 Statistics come from a row's own first tokens, all those that are there when the first of them enters the history (the sinks
-apart), and never change again; or from a calibration file (``memjax.quantize.calibration``), which also has the better form
-of the balance, by covariances. The front end is this project's own; subtracting a mean from keys is SageAttention2's (arXiv
-2411.10958), balancing as in the balanced truncation of linear systems. It is on for TurboQuant and can be asked of any codec.
+apart), and never change again. A calibration file (``memjax.quantize.calibration``) has the better form of the balance, by
+covariances; means are the row's own with it, too. The front end is this project's own; subtracting a mean from keys is
+SageAttention2's (arXiv 2411.10958), balancing as in the balanced truncation of linear systems. It is on for TurboQuant and can
+be asked of any codec.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class FrontEnd:
         ``fixed``.
       balance: ``channels``, from queries given to ``update``; ``off``; ``auto`` is ``channels`` for rows that were given
         queries, and for a latent stream.
-      calibration: a file written by ``memjax calibrate`` from which the statistics come; "": from the row's own tokens.
+      calibration: a file written by ``memjax calibrate`` from which the balance comes; "": from the row's own tokens.
       pairs: how many rotary pairs ``rope`` follows, ``ALL`` (-1) or a number; the others have a fixed mean of the cached
         keys, like channels outside of pairs. See ``followed``.
 
@@ -195,7 +196,7 @@ def measure(
     found = dataclasses.replace(basis, k_mean=k_mean)
     if v is not None and basis.v_mean is not None:
         found = dataclasses.replace(found, v_mean=mean(v.astype(jnp.float32)))
-    if basis.k_balance is None:
+    if basis.k_balance is None or basis.k_inverse is not None:  # the matrices of a calibration file stay
         return found
     power = mean(jnp.square(centred_keys(found, k, position, spec)))
     if spec.latent_dim is not None:
