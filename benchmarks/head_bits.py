@@ -12,7 +12,6 @@ layer and per head, on what the even tokens say, and judged by what the odd toke
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
@@ -132,8 +131,8 @@ def main() -> None:
     result = circumstances(model, "float32", arguments.tokens) | {"tokens": arguments.tokens, "bits": list(BITS)}
     result["rows"] = [spend(learned, judged, average) for average in LIMITS]
     result["uniform"] = ", ".join(f"{b} bits {judged[..., i].sum():.4f}" for i, b in enumerate(BITS))
-    result["divergence"] = json.loads(json.dumps(np.round(tokens.mean(axis=-1), 7).tolist()))
-    save_json(RESULTS / "head_bits.json", result)
+    result["divergence"] = np.round(tokens.mean(axis=-1), 7).tolist()
+    save_json(result, RESULTS / "head_bits.json")
     (RESULTS / "head_bits.md").write_text(markdown(result), encoding="utf-8")
 
 
