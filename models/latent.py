@@ -133,31 +133,32 @@ class LatentAttention(nnx.Module):
         if lengths is not None:  # 0 * NaN would reach scores, statistics and gradients
             real = jnp.arange(x.shape[1], dtype=jnp.int32) < lengths[:, None]
             x = jnp.where(real[..., None], x, 0)
+        queries, latent = self._queries(x), self._latent(x)
         if cache is None:
-            own, _ = self._read_new(x, first_positions(x), x.shape[1])
+            own, _ = self._read_new(queries, latent, first_positions(x), x.shape[1])
             return self._project_out(own.astype(x.dtype)), None
-        q, stream, _ = self.project(x)
+        q, stream = self._absorbed(queries), self._stream(latent)
         if x.shape[1] >= naive_from(self.config) and not compress_first and reads_apart(cache):
-            return self._prefill(x, q, update(cache, stream, None, lengths, queries=q))
+            cache = update(cache, stream, None, lengths, queries=q)
+            place, at = cache.layout, staged_positions(cache, x.shape[1])
+            limits = {"recent": place.recent, "sinks": place.sinks}
+            own = self._read_new(queries, latent, at, cache.spec.capacity, cache.staged_count, **limits)
+            before, lse = attend_committed(cache, q)
+            before = self._values(before.astype(x.dtype)).astype(jnp.float32)
+            return self._project_out(merge([(before, lse), own])[0].astype(x.dtype)), commit(cache)
         read, cache = through_cache(cache, q, stream, None, lengths, compress_first)
         return self.finish(read), cache
 
-    def _prefill(self, x: Array, q: Array, cache: LayerCache) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """The committed tokens read in the absorbed form, the staged ones naively."""
-        place = cache.layout
-        before, lse = attend_committed(cache, q)
-        positions = staged_positions(cache, x.shape[1])
-        limits = {"recent": place.recent, "sinks": place.sinks}
-        own = self._read_new(x, positions, cache.spec.capacity, cache.staged_count, **limits)
-        before = self._values(before.astype(x.dtype)).astype(jnp.float32)
-        return self._project_out(merge([(before, lse), own])[0].astype(x.dtype)), commit(cache)
-
     def project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T N H"], Float[Array, "B T 1 H"], None]:
         """Absorbed queries, the stream that is cached, and no values; not rotated yet. H = kv_rank + rope_dim."""
-        plain, rotary = self._queries(x)
-        absorbed = jnp.einsum("btnh,nhc->btnc", plain, self.up_key[...])
-        stream = jnp.concatenate(self._latent(x), axis=-1)
-        return jnp.concatenate([absorbed, rotary], axis=-1), stream[:, :, None], None
+        return self._absorbed(self._queries(x)), self._stream(self._latent(x)), None
+
+    def _absorbed(self, queries: tuple[Array, Array]) -> Float[Array, "B T N H"]:
+        plain, rotary = queries
+        return jnp.concatenate([jnp.einsum("btnh,nhc->btnc", plain, self.up_key[...]), rotary], axis=-1)
+
+    def _stream(self, latent: tuple[Array, Array]) -> Float[Array, "B T 1 H"]:
+        return jnp.concatenate(latent, axis=-1)[:, :, None]
 
     def finish(self, read: Float[Array, "B T N C"]) -> Float[Array, "B T D"]:
         """The layer's output from the latents that absorbed queries have read."""
@@ -185,10 +186,16 @@ class LatentAttention(nnx.Module):
         return latent if self.kv_norm is None else self.kv_norm(latent), rotary
 
     def _read_new(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], capacity: int, lengths: Array | None = None, **limits
+        self,
+        queries: tuple[Array, Array],
+        latent: tuple[Array, Array],
+        positions: Int[Array, "B T"],
+        capacity: int,
+        lengths: Int[Array, "B"] | None = None,
+        **limits,
     ) -> Part:
-        """The naive form among the tokens of ``x``: [B, T, N, value_dim], float32, and log-sum-exps [B, T, N]."""
-        config, (plain, q_rotary), (latent, rotary) = self.config, self._queries(x), self._latent(x)
+        """The naive form among new tokens: [B, T, N, value_dim], float32, and log-sum-exps [B, T, N]."""
+        config, (plain, q_rotary), (latent, rotary) = self.config, queries, latent
         rotary = rotary[:, :, None]
         if config.rope is not None:
             q_rotary, rotary = (apply_rope(each, positions, config.rope, capacity) for each in (q_rotary, rotary))

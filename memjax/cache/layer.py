@@ -226,7 +226,7 @@ def _starts(cache: LayerCache) -> Bool[Array, "B"]:
 def _observed(cache: LayerCache, queries: Array | None, output_projection: Array | None) -> LayerCache:
     """The cache with what ``_measured`` will need of a step and cannot ask for later."""
     spec, basis, weight = cache.spec, cache.basis, None
-    if queries is not None:
+    if queries is not None and basis.q_square is not None:
         at = staged_positions(cache, cache.staged.slots)
         if isinstance(spec.rope, Rope):
             queries = apply_rope(queries, at, spec.rope, spec.capacity)

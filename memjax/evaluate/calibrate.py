@@ -1,4 +1,4 @@
-"""Measures a model's calibration file: means and second moments of keys, queries and values over texts."""
+"""Measures a model's calibration file, from second moments of queries and of centred keys and values over texts."""
 
 from __future__ import annotations
 

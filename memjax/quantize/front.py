@@ -164,9 +164,7 @@ def empty_basis(front: FrontEnd, spec: CacheSpec) -> Basis | None:
 
 
 def observe(basis: Basis, q: Float[Array, "B T N H"], real: Bool[Array, "B T"]) -> Basis:
-    """Takes queries, rotated as they will meet the keys, into the statistics."""
-    if basis.q_square is None:
-        return basis
+    """Takes queries, rotated as they will meet the keys, into ``q_square``."""
     batch, tokens, _, _ = q.shape
     heads, dim = basis.q_square.shape[1:]
     rows = q[..., :dim].astype(jnp.float32).reshape(batch, tokens, heads, -1, dim)
