@@ -17,6 +17,7 @@ import argparse
 import functools
 import json
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -30,8 +31,9 @@ from memjax.cache.layer import commit
 RESULTS = Path(__file__).parent / "results"
 HEADS, KV_HEADS, DIM = 32, 8, 128
 BUDGET, CHUNK = 1024, 256  # tokens
-POLICIES = ("dense", "streaming(4,{window})", "h2o({budget})", "tova({budget})", "snapkv({budget})", "knorm({budget})")
-POLICIES += ("keydiff({budget})",)
+POLICIES = ("dense", "streaming(4,{window})", "h2o({budget})", "tova({budget})", "snapkv({budget})", "adakv({budget})")
+POLICIES += ("dropkv({budget})", "expected_attention({budget})", "knorm({budget})", "keydiff({budget})")
+POLICIES += ("snapkv({budget})+massfold", "quest({budget})")
 CASES = ((8192, 1024), (32_768, 1024), (32_768, 4096))  # of the memory: capacity and budget
 READ = (1024, 8192, 32_768)
 
@@ -43,7 +45,7 @@ def policy(text: str, budget: int = BUDGET):
 
 def layer(capacity: int) -> mj.CacheSpec:
     """One layer of Llama-3-8B."""
-    return mj.CacheSpec(1, KV_HEADS, DIM, capacity, "bfloat16", rope=mj.Rope(DIM, 500_000.0))
+    return mj.CacheSpec(1, KV_HEADS, DIM, capacity, "bfloat16", rope=mj.Rope(DIM, 500_000.0), q_heads=HEADS)
 
 
 def step(cache, q, k, v):
@@ -116,7 +118,7 @@ def times(texts: list[str], read: int, repeats: int) -> list[dict]:
 
 def name(text: str) -> str:
     """A policy as it is shown, its budget left out."""
-    return text.partition("(")[0]
+    return re.sub(r"\(.*?\)", "", text)
 
 
 def report(result: dict) -> str:

@@ -310,6 +310,7 @@ def sensitivity(
     model: Model = "smollm2-135m",
     tokens: Annotated[int, typer.Option(help="Tokens to read from each text.")] = 512,
     skip: Annotated[int, typer.Option(help="Tokens of each text to leave out before them.")] = 0,
+    by_head: Annotated[bool, typer.Option("--by-head", help="Measure each kv head, for policies with by_head=true.")] = False,
 ) -> None:
     """Measure how many bits each layer's keys and values need, for policies such as 'auto(bits=3.25,file=FILE)'."""
     from memjax.evaluate.sensitivity import measure_sensitivity
@@ -323,7 +324,8 @@ def sensitivity(
     with _bars() as progress:
         task = progress.add_task("compiling", total=lm.config.layers * len(texts))
         ids = [lm.tokenizer.encode(text)[skip:][:tokens] for text in texts]
-        table = measure_sensitivity(lm, ids, progress=lambda done: progress.update(task, advance=1, description=done))
+        each = lambda done: progress.update(task, advance=1, description=done)  # noqa: E731
+        table = measure_sensitivity(lm, ids, progress=each, by_head=by_head)
     save_sensitivity(out, table)
     Console().print(f"Wrote {out} ({table.tokens} tokens, model {table.fingerprint}).")
 

@@ -92,6 +92,6 @@ def sensitivity_file(tmp_path_factory) -> str:
     from memjax.quantize.sensitivity import OPTIONS, Sensitivity, save_sensitivity
 
     path = tmp_path_factory.mktemp("table") / "measured.json"
-    losses = np.linspace(1.0, 0.1, len(OPTIONS)) * np.ones((2, 1))
+    losses = np.linspace(1.0, 0.1, len(OPTIONS)) * np.ones((2, 1, 1))
     save_sensitivity(path, Sensitivity("0123456789abcdef", 48, OPTIONS, losses, losses))
     return str(path)

@@ -71,10 +71,10 @@ def test_what_cannot_be_paid_is_refused():
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def table(seed: int = 0, layers: int = LAYERS, fingerprint: str = "abc") -> Sensitivity:
+def table(seed: int = 0, layers: int = LAYERS, fingerprint: str = "abc", heads: int = 1) -> Sensitivity:
     """Numbers that fall by about four with each bit, as real ones do, and differ a hundredfold between layers."""
     draw = np.random.default_rng(seed).uniform
-    keys, values = (10.0 ** draw(-3, -1, (layers, 1)) * np.array([1, 0.25, 0.06, 0.001]) for _ in range(2))
+    keys, values = (10.0 ** draw(-3, -1, (layers, heads, 1)) * np.array([1, 0.25, 0.06, 0.001]) for _ in range(2))
     return Sensitivity(fingerprint, 48, OPTIONS, keys, values)
 
 
@@ -108,12 +108,12 @@ WRONG_FILES = {
     record(version=2): "a sensitivity file of version 2, this memjax reads 1",
     record(bits="left out"): "a damaged sensitivity file: it lacks 'bits'",
     record(layers=[{"keys": [0.1, 0.01]}]): "a damaged sensitivity file: it lacks 'values'",
-    record(layers=[]): "a damaged sensitivity file: keys must be a number for each layer and option, [0, 2], got [0]",
+    record(layers=[]): "a damaged sensitivity file: keys must be a number for each layer, kv head and option, [0, 2], got [0]",
     record(layers=7): "a damaged sensitivity file: 'int' object is not iterable",
     record(bits=[2, 5]): "bits must be some of 2, 3, 4, 8 in ascending order, got [2, 5]",
     record(bits=[3, 2]): "bits must be some of 2, 3, 4, 8 in ascending order, got [3, 2]",
-    record(bits=[2, 3, 4]): "keys must be a number for each layer and option, [4, 3], got [4, 2]",
-    record(layers=[{"keys": [0.1], "values": [0.1, 0.1]}]): "keys must be a number for each layer and option, [1, 2], got",
+    record(bits=[2, 3, 4]): "keys must be a number for each layer, kv head and option, [4, 1, 3], got [4, 1, 2]",
+    record(layers=[{"keys": [0.1], "values": [0.1, 0.1]}]): "for each layer, kv head and option, [1, 1, 2], got [1, 1, 1]",
     record(layers=[{"keys": [float("nan"), 0.1], "values": [0.1, 0.1]}]): "keys of layer 0 at 2 bits have nan, which is no KL",
     record(layers=[{"keys": [0.1, 0.1], "values": [0.1, -0.1]}]): "values of layer 0 at 3 bits have -0.1, which is no KL",
     record(layers=[{"keys": ["x", 0.1], "values": [0.1, 0.1]}]): "a damaged sensitivity file: could not convert",
@@ -200,7 +200,7 @@ def widths(policies) -> list[int]:
 
 def divergence(file: str, policies) -> float:
     measured = load_sensitivity(file)
-    rows = np.stack([measured.keys, measured.values], axis=1).reshape(-1, len(OPTIONS))
+    rows = np.concatenate([measured.keys, measured.values], axis=1).reshape(-1, len(OPTIONS))
     return sum(numbers[OPTIONS.index(b)] for numbers, b in zip(rows, widths(policies), strict=True))
 
 
@@ -303,13 +303,13 @@ def test_a_number_is_what_compare_measures(tiny, texts, measured, which):
     reader = Reader(tiny, TEXT + 1, setup)
     readings = [reader.read_text(text, [Job(policy, static=True)])[0] for text in texts]
     expected = np.mean([reading.kld_per_token() for reading in readings])
-    found = (measured.keys, measured.values)[side][layer, 0]
+    found = (measured.keys, measured.values)[side][layer, 0, 0]
     assert found == pytest.approx(expected, rel=0.02)
 
 
 def test_what_was_measured_serves_the_model(tiny, measured, tmp_path):
     assert (measured.fingerprint, measured.tokens, measured.layers) == (tiny.fingerprint, 2 * TEXT, LAYERS)
-    assert (measured.keys[:, 0] > 5 * measured.keys[:, 1]).all()
+    assert (measured.keys[..., 0] > 5 * measured.keys[..., 1]).all()
     save_sensitivity(tmp_path / "tiny.json", measured)
     policy = mj.auto(bits=6, file=str(tmp_path / "tiny.json"))
     cache = tiny.init_cache(policy, 2, 120)

@@ -236,7 +236,7 @@ def test_transforms_go_through_the_pools():
     pair = jax.eval_shape(lambda cache: quantize((cache, cache), coded), before)
     assert [type(each) for each in pair] == [HeadPools] * 2
     for caches in (before, (before,)):
-        with pytest.raises(ValueError, match="but duo keeps its heads apart"):
+        with pytest.raises(ValueError, match="but these lie in pools; leave duo"):
             evict(caches, [np.zeros((BATCH, HEADS, 4))], 2)
 
 
@@ -317,7 +317,7 @@ def test_a_model_generates_with_it(tiny, file):
             np.testing.assert_allclose(out, expected, atol=0.05)
     assert jax.tree.structure(cache) == jax.tree.structure(whole)
     assert np.abs(np.asarray(out[:, 0] - hidden[:, -1])).max() < 0.2
-    with pytest.raises(ValueError, match="but duo keeps its heads apart"):
+    with pytest.raises(ValueError, match="but duo keeps them in pools"):
         scores(tiny, whole, tokens.tolist(), KVzip(9), instruction=[1])
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 
 from memjax.cache.ledger import Bytes, predict_nbytes
 from memjax.cache.policy import CachePolicy, Policy
+from memjax.cache.pools import one_head
 from memjax.cache.spec import CacheSpec, LayerSpec
 from memjax.evict import Budgeted
-from memjax.quantize.auto import Auto, layer_codec, spend
-from memjax.quantize.sensitivity import check_sensitivity
+from memjax.quantize.auto import Auto, ByHead, layer_codec, spend
+from memjax.quantize.codec import KeyValueCodec
+from memjax.quantize.sensitivity import KIND, check_sensitivity
 
 
 def afford(policy: Policy, specs: Sequence[LayerSpec]) -> Policy:
@@ -55,7 +58,7 @@ def afford(policy: Policy, specs: Sequence[LayerSpec]) -> Policy:
 
 
 def allocate(policies: Sequence[CachePolicy], specs: Sequence[LayerSpec]) -> list[CachePolicy]:
-    """The policies with a codec of its own for each layer that has ``auto``; the others are left alone.
+    """The policies with a codec of its own for each layer that has ``auto``, or for its heads; the others are left alone.
 
     Layers of one ``auto`` share its bits. A limit in bytes is one for the whole cache, the other layers included.
 
@@ -76,33 +79,53 @@ def allocate(policies: Sequence[CachePolicy], specs: Sequence[LayerSpec]) -> lis
 
 
 def _codecs(auto: Auto, members: list[int], policies: Sequence[CachePolicy], specs: Sequence[LayerSpec]) -> list:
-    """A codec for each of the layers ``members``."""
+    """A codec for each of the layers ``members``.
+
+    What a head costs is what it would cost in a pool of its own, so that pools of several never take more than was reckoned.
+    """
     table = check_sensitivity(auto.file, len(specs))
-    tier = "device" if auto.bytes else "history"
+    tier, least = "device" if auto.bytes else "history", table.bits[0]
+    shares = [_shares(auto, policies[i], specs[i], table.heads) for i in members]  # layers, or their heads
 
-    def ledger(i: int, key_bits: int, value_bits: int) -> Bytes:
-        return predict_nbytes(dataclasses.replace(policies[i], codec=layer_codec(key_bits, value_bits)), specs[i])
+    @functools.cache
+    def ledger(policy: CachePolicy, spec: CacheSpec, key_bits: int = least, value_bits: int = least) -> Bytes:
+        return predict_nbytes(dataclasses.replace(policy, codec=layer_codec(key_bits, value_bits)), spec)
 
-    least = table.bits[0]
-    smallest = {i: ledger(i, least, least) for i in members}
-    total = sum(smallest.values(), Bytes())
+    total = sum((ledger(*share) for layer in shares for share in layer), Bytes())
     if auto.bytes:
-        others = [predict_nbytes(policies[i], specs[i]).device for i in range(len(specs)) if i not in smallest]
+        others = [predict_nbytes(policies[i], specs[i]).device for i in range(len(specs)) if i not in members]
         taken, limit = total.device + sum(others), auto.bytes
     else:
         taken, limit = total.history, int(Fraction(str(auto.bits)) * total.history_values / 8)
-
     if taken > limit:
         raise ValueError(_too_little(auto, taken, total))
+
     divergence, cost = [], []
-    for i in members:
-        base = getattr(smallest[i], tier)
-        for side, measured in enumerate((table.keys, table.values)):
-            pairs = [(least, b) if side else (b, least) for b in table.bits]
-            divergence.append(measured[i])
-            cost.append([getattr(ledger(i, *pair), tier) - base for pair in pairs])
-    chosen = [table.bits[option] for option in spend(divergence, cost, limit - taken)]
-    return [layer_codec(*pair) for pair in zip(chosen[0::2], chosen[1::2], strict=True)]
+    for i, layer in zip(members, shares, strict=True):
+        for head, share in enumerate(layer):
+            base = getattr(ledger(*share), tier)
+            for side, measured in enumerate((table.keys[i], table.values[i])):
+                pairs = [(least, b) if side else (b, least) for b in table.bits]
+                divergence.append(measured[head] if auto.by_head else measured.sum(axis=0))
+                cost.append([getattr(ledger(*share, *pair), tier) - base for pair in pairs])
+    chosen = iter([table.bits[option] for option in spend(divergence, cost, limit - taken)])
+    return [_joined([layer_codec(next(chosen), next(chosen)) for _ in layer]) for layer in shares]
+
+
+def _shares(auto: Auto, policy: CachePolicy, spec: CacheSpec, measured: int) -> list[tuple[CachePolicy, CacheSpec]]:
+    """What gets bits of its own in a layer: the layer, or each of its kv heads."""
+    if not auto.by_head:
+        return [(policy, spec)]
+    if measured != spec.kv_heads:
+        raise ValueError(
+            f"auto(by_head=true) needs numbers for each of a layer's {spec.kv_heads} kv heads, but {KIND.title(auto.file)} "
+            f"has {measured} for a layer: measure them with `memjax sensitivity --by-head`"
+        )
+    return [one_head(policy, spec, head) for head in range(spec.kv_heads)]
+
+
+def _joined(codecs: list[KeyValueCodec]) -> KeyValueCodec:
+    return codecs[0] if len(set(codecs)) == 1 else ByHead(tuple(codecs))
 
 
 def _too_little(auto: Auto, taken: int, total: Bytes) -> str:

@@ -255,6 +255,7 @@ def auto(
     bits: float = 0.0,
     bytes: str | int = "",
     file: str = "",
+    by_head: bool = False,
     centre: str = "auto",
     balance: str = "auto",
     calibration: str = "",
@@ -266,9 +267,10 @@ def auto(
       bits: realised bits per value on average, at most; 0: as ``bytes`` says, or 3.25 without it.
       bytes: of the whole cache on the device, at most: a number, or a text such as "64MiB".
       file: written by ``memjax sensitivity``; "": the one of smollm2-135m that memjax brings along.
+      by_head: bits for each kv head, too; with evictors whose heads decide for themselves.
     """
     count = byte_count(bytes)
-    return _coded(Auto(3.25 if bits == 0 and not count else bits, count, file), centre, balance, calibration, pairs)
+    return _coded(Auto(3.25 if bits == 0 and not count else bits, count, file, by_head), centre, balance, calibration, pairs)
 
 
 def progressive(

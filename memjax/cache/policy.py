@@ -89,6 +89,11 @@ class CachePolicy:
             raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
         if isinstance(self.evictor, Budgeted | Rereading):
             self._check_axes()
+        if self.codec.heads_apart and self.evictor is not None and self.evictor.joint:
+            raise ValueError(
+                f"{self}: {self.evictor.name} decides about all heads of a layer together, but with by_head=true those of "
+                "different bits lie apart; use auto without by_head"
+            )
         if self.fold is not None and self.evictor is not None:
             self.check_fold()
         if isinstance(self.evictor, Quest):
@@ -320,6 +325,9 @@ def _part_string(part, front: FrontEnd | None) -> str:
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         text = str(value).lower() if isinstance(value, bool) else str(value)
+        if isinstance(value, tuple):
+            leading += [_part_string(each, None) for each in value]
+            continue
         if isinstance(value, KeyValueCodec):  # a codec around another, which the front end then belongs to
             leading.append(_part_string(value, front))
             front = None

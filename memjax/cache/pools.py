@@ -1,10 +1,12 @@
 """One layer's cache in pools of kv heads, each a ``LayerCache`` of its own, for policies that treat heads differently.
 
     pool 0: retrieval heads, every token | pool 1: streaming heads, sinks and a window            (``memjax.evict.duo``)
+    pool 0: heads with 4 bits for keys and 3 for values | pool 1: heads with 3 and 2 | ...        (``auto(by_head=true)``)
 
 A pool has the layer's spec with fewer heads, so its slots, codes, tiers and bytes are what its own policy says, and nothing is
 masked. Heads are told apart by their numbers alone, which are static: what comes in is split by head, what attention gives is
-put back in the order of the heads. A layer whose heads are all of one kind is a plain ``LayerCache``.
+put back in the order of the heads. A layer whose heads are all of one kind is a plain ``LayerCache``. A step reads every pool
+with a call of its own, so pools cost time where heads are few.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from jaxtyping import Array, Int
 
 from memjax.cache.spec import CacheSpec
 from memjax.evict import Duo
+from memjax.quantize.auto import ByHead
 
 if TYPE_CHECKING:
     from memjax.cache.layer import LayerCache
@@ -46,10 +49,10 @@ class Pool(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["pools"], meta_fields=["policy", "spec"])
 @dataclass(frozen=True)
 class HeadPools:
-    """The cache of a layer with heads of two kinds; made by ``policy.init(spec)``, used like a ``LayerCache``.
+    """The cache of a layer with heads of several kinds; made by ``policy.init(spec)``, used like a ``LayerCache``.
 
     Attributes:
-      pools: of the retrieval heads and of the streaming heads, in this order.
+      pools: in the order of ``pools_of``.
       policy, spec: the layer's, static.
     """
 
@@ -94,18 +97,34 @@ class HeadPools:
 def pools_of(policy: CachePolicy, spec: CacheSpec) -> list[Pool]:
     """The pools of one layer: one for policies that treat heads alike, and for layers whose heads are all of one kind.
 
+    Of several: retrieval heads before streaming ones, and of each kind in the order in which codecs first appear.
+
     Raises:
       ValueError: a policy that cannot tell this layer's heads apart.
     """
-    duo = policy.evictor
-    if not isinstance(duo, Duo):
-        return [Pool(Part(tuple(range(spec.kv_heads)), spec), policy, spec)]
-    duo.validate(spec)
-    groups = 0 if spec.q_heads is None else spec.q_heads // spec.kv_heads
+    duo, codec = policy.evictor, policy.codec
+    kinds = [(tuple(range(spec.kv_heads)), duo)]
+    if isinstance(duo, Duo):
+        duo.validate(spec)
+        kinds = [(duo.retrieval, None), (duo.streaming, duo.streams)]
+    codecs = codec.codecs if isinstance(codec, ByHead) else (codec,) * spec.kv_heads
+    if len(codecs) != spec.kv_heads:
+        raise ValueError(f"{policy} has codecs for {len(codecs)} kv heads, this layer has {spec.kv_heads}")
     found = []
-    for heads, evictor in ((duo.retrieval, None), (duo.streaming, duo.streams)):
-        if heads:
-            sizes = {"kv_heads": len(heads), "q_heads": groups * len(heads) or None}
-            own = dataclasses.replace(policy, evictor=evictor), dataclasses.replace(spec, **sizes)
-            found.append(Pool(Part(heads, spec), *own))
+    for heads, evictor in kinds:
+        for one in dict.fromkeys(codecs[head] for head in heads):
+            own = tuple(head for head in heads if codecs[head] == one)
+            changed = dataclasses.replace(policy, evictor=evictor, codec=one)
+            found.append(Pool(Part(own, spec), changed, _some_heads(spec, len(own))))
     return found
+
+
+def one_head(policy: CachePolicy, spec: CacheSpec, head: int) -> tuple[CachePolicy, CacheSpec]:
+    """Policy and spec of a cache for one kv head, with as many slots as it has in its pool."""
+    [pool] = [pool for pool in pools_of(policy, spec) if head in pool.part.heads]
+    return pool.policy, _some_heads(pool.spec, 1)
+
+
+def _some_heads(spec: CacheSpec, count: int) -> CacheSpec:
+    queries = None if spec.q_heads is None else spec.q_heads // spec.kv_heads * count
+    return dataclasses.replace(spec, kv_heads=count, q_heads=queries)

@@ -26,11 +26,11 @@ def shardings(
 
     Batch goes over ``batch_axis``, kv heads (heads of a recurrent state) over ``head_axis``; None: replicated. A latent
     stream has one head and is replicated over ``head_axis``, as are the convolution state and a history that heads share
-    (``adakv``). Heads of ``duo`` are spread pool by pool. The host tier's arrays get the memory kind ``pinned_host`` where the
-    devices have one.
+    (``adakv``). Heads of ``duo`` and of ``auto(by_head=true)`` are spread pool by pool. The host tier's arrays get the memory
+    kind ``pinned_host`` where the devices have one.
 
     Raises:
-      ValueError: an axis that the mesh lacks, a size that it does not divide (of one of ``duo``'s pools, too), or pages of the
+      ValueError: an axis that the mesh lacks, a size that it does not divide (of one of the pools, too), or pages of the
         host tier that its devices cannot move.
     """
     if isinstance(spec, Sequence):
@@ -67,9 +67,11 @@ def shardings(
 def _check_pools(pools: list[Pool], mesh: Mesh, axis: str | None) -> None:
     sizes, devices = [pool.spec.kv_heads for pool in pools], mesh.shape.get(axis, 1)
     if any(size % devices for size in sizes):
+        policies = dict.fromkeys(pool.policy.codec for pool in pools)
+        remedy = f"say multiple={devices}, or head_axis=None" if len(policies) == 1 else "say head_axis=None"
         raise ValueError(
-            f"duo keeps pools of {' and '.join(map(str, sizes))} kv heads in a layer, which do not all divide over the "
-            f"{devices} devices of axis {axis!r}; say multiple={devices}, or head_axis=None"
+            f"a layer has pools of {' and '.join(map(str, sizes))} kv heads, which do not all divide over the {devices} "
+            f"devices of axis {axis!r}; {remedy}"
         )
 
 

@@ -108,7 +108,9 @@ def evict(
     if isinstance(cache, LayerCache):
         return _evict(cache, scores, budget, room)
     if any(isinstance(layer, HeadPools) for layer in ((cache,) if isinstance(cache, HeadPools) else cache)):
-        raise ValueError("evict keeps as many tokens of every head of a layer, but duo keeps its heads apart; leave it away")
+        raise ValueError(
+            "evict keeps as many tokens of every head of a layer, but these lie in pools; leave duo or by_head away"
+        )
     attention = sum(isinstance(layer, LayerCache) for layer in cache)
     if len(scores) != attention:
         raise ValueError(f"evict needs one array of scores per attention layer, {attention}, got {len(scores)}")
@@ -196,8 +198,9 @@ def _layer(cache: AnyLayerCache, index: int, transform) -> AnyLayerCache:
         return transform(cache, index, None)
     made = pools_of(cache.policy, cache.spec)
     pools = [transform(pool, index, each.part) for pool, each in zip(cache.pools, made, strict=True)]
-    axes = {name: getattr(pools[0].policy, name) for name in ("codec", "front", "tier", "windows")}
-    policy = dataclasses.replace(cache.policy, **axes)
+    before, after = made[0].policy, pools[0].policy  # which is the layer's but for what its heads differ in
+    axes = {name: getattr(after, name) for name in ("codec", "front", "tier", "windows")}
+    policy = dataclasses.replace(cache.policy, **{n: x for n, x in axes.items() if x != getattr(before, n)})
     made = pools_of(policy, cache.spec)  # the same as if it had been made with it
     pools = [dataclasses.replace(pool, policy=each.policy) for pool, each in zip(pools, made, strict=True)]
     return HeadPools(tuple(pools), policy, cache.spec)

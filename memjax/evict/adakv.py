@@ -39,6 +39,7 @@ class AdaKV(SnapKV):
     """
 
     name: ClassVar[str] = "adakv"
+    joint: ClassVar[bool] = True
     alpha: float = 0.2
 
     def __post_init__(self):

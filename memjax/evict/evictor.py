@@ -37,6 +37,7 @@ class Evictor:
     """Decides which tokens of a layer stay."""
 
     name: ClassVar[str] = "evictor"
+    joint: ClassVar[bool] = False  # whether a layer's heads decide together
 
     def validate(self, spec: CacheSpec) -> None:
         """Raises ValueError if the evictor cannot serve ``spec``, with the reason."""

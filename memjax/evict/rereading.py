@@ -27,6 +27,7 @@ class Rereading(Limited):
     """``budget`` tokens per kv head stay, on average over layers; ``fraction`` is one of the longest prompt."""
 
     name: ClassVar[str] = "rereading"
+    joint: ClassVar[bool] = True
     instruction: ClassVar[str] = ""  # said before each chunk of the second reading
     preceding: ClassVar[int] = 0  # tokens before a chunk that are read again with it
 

@@ -28,6 +28,7 @@ class Tova(Budgeted):
     """
 
     name: ClassVar[str] = "tova"
+    joint: ClassVar[bool] = True
 
     @property
     def observer(self) -> LastQueries:

@@ -1,6 +1,6 @@
 """Codecs: in how many bits a vector is kept. One method, one file."""
 
-from memjax.quantize.auto import Auto, Pair
+from memjax.quantize.auto import Auto, ByHead, Pair
 from memjax.quantize.blocks import NF4, NVFP4
 from memjax.quantize.codec import Codec, Dense, KeyValueCodec
 from memjax.quantize.fp8 import Fp8
@@ -19,6 +19,7 @@ __all__ = [
     "NF4",
     "NVFP4",
     "Auto",
+    "ByHead",
     "Codec",
     "Dense",
     "Fp8",

@@ -1,19 +1,19 @@
-"""Bits by sensitivity: TurboQuant in which each layer's keys and values have bits of their own, the project's own method.
+"""Bits by sensitivity: TurboQuant in which each layer's keys and values, or each head's, have bits of their own.
 
     minimise  sum_s D[s, b_s]   subject to   sum_s bytes(s, b_s) <= limit,     b_s in {2, 3, 4, 8}
 
-over the streams s: a model's layers, keys and values apart. D is measured once per model: the mean KL divergence that coding
-this one stream costs (``memjax.quantize.sensitivity``). The divergence is quadratic in small errors, and those of different
-streams are nearly uncorrelated, so that the sum stands for the divergence of all together. The minimum is exact: a dynamic
-program over the pairs (bytes, divergence) that no other pair beats. Nothing is protected by rule: first and last layers get
-more bits where the measurement says that it pays. Where the minimum promises less than 5 % over the best uniform policy within
-the limit, that policy is taken: on other text the measured numbers are not that exact.
+over the streams s: a model's layers, or their kv heads, keys and values apart. D is measured once per model: the mean KL
+divergence that coding this one stream costs (``memjax.quantize.sensitivity``). The divergence is quadratic in small errors,
+and those of different streams are nearly uncorrelated, so that the sum stands for the divergence of all together. The minimum
+is exact: a dynamic program over the pairs (bytes, divergence) that no other pair beats. Nothing is protected by rule: first
+and last layers get more bits where the measurement says that it pays. Where the minimum promises less than 5 % over the best
+uniform policy within the limit, that policy is taken: on other text the measured numbers are not that exact.
 
 Layout: that of ``turboquant`` in every layer, with 2, 3 or 4 bits and a bfloat16 scale per vector; streams that deserve 8 have
-rotated int8 codes. Per value at head_dim H: b + 16 / H bits. A layer's kv heads lie in one array of one format, so bits differ
-by layer and between keys and values but not by head.
+rotated int8 codes. Per value at head_dim H: b + 16 / H bits. Heads of one array have one format: by head, those of the same
+bits make a pool of their own (``memjax.cache.pools``), which attention reads with a call of its own.
 
-Related: KVTuner (arXiv 2502.04420) searches per-layer pairs of bits for keys and values offline, too.
+The project's own method. Related: KVTuner (arXiv 2502.04420) searches per-layer pairs of bits for keys and values offline.
 """
 
 from __future__ import annotations
@@ -76,6 +76,29 @@ def layer_codec(key_bits: int, value_bits: int) -> KeyValueCodec:
 
 
 @dataclass(frozen=True)
+class ByHead(KeyValueCodec):
+    """A codec for each kv head of a layer. Its cache is made pool by pool (``memjax.cache.pools``), each under one of them."""
+
+    name: ClassVar[str] = "by_head"
+    front: ClassVar[FrontEnd] = FrontEnd()
+    codecs: tuple[KeyValueCodec, ...]
+
+    @property
+    def tile(self) -> int:
+        return 1
+
+    @property
+    def heads_apart(self) -> bool:
+        return True
+
+    @property
+    def keys(self) -> Codec:
+        raise ValueError(f"the {len(self.codecs)} kv heads of this layer have codecs of their own: {self.codecs}")
+
+    values = keys
+
+
+@dataclass(frozen=True)
 class Auto(KeyValueCodec):
     """Stands for the codecs of a model's layers until the cache is made (``memjax.cache.allocate``).
 
@@ -84,6 +107,7 @@ class Auto(KeyValueCodec):
         layers that have this policy. 0: as ``bytes`` says.
       bytes: what the whole cache may take on the device, windows and all; 0: as ``bits`` says.
       file: a sensitivity file; "": the one of smollm2-135m that memjax brings along.
+      by_head: whether each kv head has bits of its own, too, for which the file must have been measured by head.
 
     Raises:
       ValueError: both or none of ``bits`` and ``bytes``, or one that is not positive.
@@ -94,6 +118,7 @@ class Auto(KeyValueCodec):
     bits: float = 0.0
     bytes: int = 0
     file: str = ""
+    by_head: bool = False
 
     def __post_init__(self):
         real = [isinstance(x, int | float) and 0 <= x < float("inf") for x in (self.bits, self.bytes)]
@@ -104,6 +129,10 @@ class Auto(KeyValueCodec):
     @property
     def tile(self) -> int:
         return 1
+
+    @property
+    def heads_apart(self) -> bool:
+        return self.by_head
 
     @property
     def keys(self) -> Codec:

@@ -88,6 +88,11 @@ class KeyValueCodec:
         return 1
 
     @property
+    def heads_apart(self) -> bool:
+        """Whether a layer's kv heads may be coded differently, each kind in a pool of its own."""
+        return False
+
+    @property
     def two_streams(self) -> bool:
         """Whether keys or values are stored as a ``CodePair``."""
         return self.keys.paired or self.values.paired
