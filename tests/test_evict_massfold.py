@@ -12,7 +12,8 @@ from test_evict import BUDGET, CUTS, KEPT, TEXT, WINDOWS
 import memjax as mj
 from memjax.cache.admit import admit
 from memjax.cache.segment import Segment
-from memjax.evict import H2O
+from memjax.cache.transforms import evict
+from memjax.evict import H2O, massfold
 from memjax.pallas_kernels.codes import dense
 from memjax.pallas_kernels.decode import decode
 from memjax.quantize import Dense
@@ -39,6 +40,31 @@ def test_folding_tokens_with_equal_keys_loses_nothing(cut):
     np.testing.assert_allclose(stands_for, TOKENS - BUDGET + KEPT, rtol=1e-5)
     plain, _ = run(mj.policy(f"knorm({BUDGET}){WINDOWS}").init(NOPE), alphabet_text(), CUTS[cut])
     assert relative_error(plain, out) > 0.1
+
+
+@pytest.mark.parametrize(("codec", "bound"), [("", 1e-5), ("+int8(centre=none,balance=off)", 0.03)])
+def test_what_a_second_reading_takes_away_is_folded_too(codec, bound, monkeypatch):
+    """In several blocks; the first tokens stay, which are twins of all that go. More tokens may come behind."""
+    monkeypatch.setattr(massfold, "_AT_ONCE", 5)
+    tokens = alphabet_text()
+    begin, rest = ([x[:, cut] for x in tokens] for cut in (slice(40), slice(40, None)))
+    small, without = (
+        _compressed(run(mj.policy(f"{text}{codec}{WINDOWS}").init(NOPE), begin, [40])[1])
+        for text in ("kvzip(20)+massfold", "kvzip(20)")
+    )
+    stands_for = np.exp(np.asarray(small.history.bias[..., :16])).sum(-1)
+    np.testing.assert_allclose(stands_for, 40 - small.layout.sinks - small.layout.tail, rtol=1e-5)
+    out, grown = run(small, rest, [6, 1, 2])
+    assert relative_error(out, dense_oracle(tokens, theta=None)[:, 40:]) < bound
+    assert not np.asarray(grown.history.bias[..., 16:]).any()
+    assert relative_error(run(without, rest, [6, 1, 2])[0], out) > 0.1
+
+
+def _compressed(cache):
+    """The first 16 tokens of the history, with room for as many as come."""
+    assert cache.history.bias is None
+    age = -np.arange(cache.history.slots) * np.ones((BATCH, HEADS, 1))
+    return evict(cache, age, budget=16, room=TOKENS - 40)
 
 
 def segment(k, v, score, first: int) -> Segment:
@@ -139,7 +165,10 @@ def test_a_budget_of_all_folds_nothing():
     assert cache.history.bias is None
 
 
-@pytest.mark.parametrize("text", ["massfold", "streaming(4,16)+massfold", "massfold+int8", "h2o(20)+massfold+massfold"])
+ALONE = ["massfold", "streaming(4,16)+massfold", "duo()+massfold", "quest(64)+massfold", "massfold+int8"]
+
+
+@pytest.mark.parametrize("text", [*ALONE, "h2o(20)+massfold+massfold"])
 def test_what_does_not_go_is_refused(text):
     with pytest.raises(ValueError, match=r"massfold folds tokens that a budget lets go|both decide folding"):
         mj.policy(text)

@@ -387,7 +387,8 @@ def _write_history(
         return Kept(*(put(old, new, written // tile * n, count // tile * n) for old, new, n in parts), None)
     if cache.history.pos is not None:
         shape = (spec.batch, spec.kv_heads, position.shape[1])
-        stored = dataclasses.replace(stored, pos=jnp.broadcast_to(position[:, None], shape))
+        bias = None if cache.history.bias is None else jnp.zeros(shape, jnp.float32)
+        stored = dataclasses.replace(stored, pos=jnp.broadcast_to(position[:, None], shape), bias=bias)
     history = put(cache.history, stored, written, count)
     if cache.host is None:
         return Kept(history, None, None, bounds_after(cache, history, position.shape[1], written + count))

@@ -101,7 +101,7 @@ class CachePolicy:
 
     def check_fold(self) -> None:
         """Raises ValueError if there is something to do with tokens that go, but nothing that chooses them."""
-        if self.fold is not None and not isinstance(self.evictor, Budgeted):
+        if self.fold is not None and not isinstance(self.evictor, Budgeted | Rereading):
             raise ValueError(f"{self}: massfold folds tokens that a budget lets go: chain it with one, h2o(256)+massfold")
 
     def _check_axes(self) -> None:

@@ -15,12 +15,14 @@ from jaxtyping import Array, Float
 
 from memjax.attention.attend import history_positions, host_positions
 from memjax.cache.bounds import bounds_of
-from memjax.cache.encode import encode, fit_codec, init_basis
+from memjax.cache.encode import decode_keys, encode, fit_codec, fitted, init_basis
 from memjax.cache.layer import LayerCache, commit, init_counters
 from memjax.cache.policy import AnyLayerCache, CachePolicy, ModelCache
 from memjax.cache.pools import HeadPools, Part, pools_of
 from memjax.cache.recurrent import RecurrentCache
+from memjax.cache.segment import Segment
 from memjax.cache.slots import pad, take
+from memjax.evict.massfold import Fates, fold_all
 from memjax.offload import HostTier, pool
 from memjax.pallas_kernels.slots import FREE, positions
 from memjax.quantize import Dense, FrontEnd, KeyValueCodec
@@ -94,7 +96,8 @@ def evict(
 ) -> OneOrAll:
     """Keeps the ``budget`` highest-scored tokens of the history per kv head, in text order, with their positions.
 
-    Works on coded histories too (token-wise codes survive a gather). Sinks and tail are not in the history and stay.
+    Works on coded histories too (token-wise codes survive a gather). Sinks and tail are not in the history and stay. Where the
+    policy says ``massfold``, what goes is folded into what stays, each token counting as many as it stands for.
 
     Args:
       scores: higher is kept; one per history slot, [B, K, S] ([B, 1, S]: the same for all heads). For a model's caches one
@@ -133,19 +136,31 @@ def _evict(cache: LayerCache, scores: Array, budget: int, room: int) -> LayerCac
     if scores.shape not in [(cache.spec.batch, h, slots) for h in (1, heads)]:
         raise ValueError(f"evict needs scores [batch, kv_heads or 1, {slots}], got {list(scores.shape)}")
     pos = jnp.broadcast_to(positions(history_positions(cache), slots), (cache.spec.batch, heads, slots))
-    chosen = _top_slots(jnp.broadcast_to(scores, pos.shape), pos >= 0, budget)
+    order = _by_rank(jnp.broadcast_to(scores, pos.shape), pos >= 0)
+    chosen = jnp.sort(order[..., :budget], axis=-1)
     # A row that has lost tokens to an overflow must stay one: more written than there are slots.
     kept = jnp.where(cache.written > slots, budget + room + 1, jnp.minimum(cache.written, budget))
 
-    history = pad(take(dataclasses.replace(cache.history, pos=None), chosen), room)
-    pos = pad(take(jnp.maximum(pos, FREE), chosen), room, FREE)
-    return dataclasses.replace(cache, history=dataclasses.replace(history, pos=pos), written=kept)
+    everyone = dataclasses.replace(cache.history, pos=jnp.maximum(pos, FREE))
+    if cache.policy.fold is not None and budget < slots:
+        history = _folded(cache, everyone, Fates(chosen, order[..., budget:]))
+    else:
+        history = take(everyone, chosen)
+    pos = pad(history.pos, room, FREE)
+    return dataclasses.replace(cache, history=dataclasses.replace(pad(history, room), pos=pos), written=kept)
 
 
-def _top_slots(scores: Array, filled: Array, budget: int) -> Array:
-    """Indices of the best slots in ascending order; free ones, which lie behind all others, only for want of tokens."""
+def _by_rank(scores: Array, filled: Array) -> Array:
+    """Indices of the slots, the best first and free ones last."""
     # Two keys, so that no score, -inf included, can tie with "free".
-    return jnp.sort(jnp.lexsort((-scores, ~filled), axis=-1)[..., :budget], axis=-1)
+    return jnp.lexsort((-scores, ~filled), axis=-1)
+
+
+def _folded(cache: LayerCache, everyone: Segment, fates: Fates) -> Segment:
+    codec, position = cache.policy.codec, jnp.maximum(everyone.pos, 0)
+    bias = jnp.zeros(position.shape, jnp.float32) if everyone.bias is None else everyone.bias
+    keys = decode_keys(everyone.k, position, codec, cache.basis, cache.spec)
+    return fold_all(dataclasses.replace(everyone, bias=bias), fates, keys, fitted(codec, cache.basis)[1])
 
 
 def offload(cache: OneOrAll, tier: HostTier | CachePolicy) -> OneOrAll:

@@ -10,6 +10,8 @@ observer's score, which counts the bias that the slot has already, so that foldi
 same reason the score of the merged slot is the sum. Of two tokens with equal keys and equal m exactly the attention to both
 remains. Evictors whose score is no attention count tokens, m = exp(b), which is exact for equal keys, and leave scores alone.
 
+Prompts that are compressed after a second reading (``kvzip``, ``kvcompose``) are folded once, each token counting as one.
+
 Where an evictor ranks by something else than its score, a token that goes may have got more attention than the one that takes
 it in; it then counts as much and no more: a large bias would make a slot that mattered to no query loud for every later one.
 
@@ -33,13 +35,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.cache.slots import beside, take, write_at
+from memjax.cache.slots import beside, pad, take, write_at
 
 if TYPE_CHECKING:
     from memjax.cache.segment import Segment
     from memjax.quantize.codec import Codec
 
 _LEAST = 1e-30  # attention so small that ratios of it mean nothing
+_AT_ONCE = 512  # tokens that are folded together, whose likeness to each other is a square
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,25 @@ def fold(
         taker, v=values.encode(mean, taker.v.data.dtype), bias=taker.bias + jnp.log(total / mine), score=score
     )
     return _put(kept, merged, jnp.where(folds, near, kept.slots))
+
+
+def fold_all(everyone: Segment, fates: Fates, keys: Float[Array, "B K H C"], values: Codec) -> Segment:
+    """The candidates that stay, with all that go folded into them, however many: a block after the other."""
+    kept, slots = take(everyone, fates.stay), fates.stay.shape[-1]
+    blocks = -(-fates.go.shape[-1] // _AT_ONCE)
+    room = blocks * _AT_ONCE - fates.go.shape[-1]
+    going = pad((take(everyone, fates.go), take(keys, fates.go)), room)
+    there = pad(take(everyone.pos, fates.go) >= 0, room)
+    order = jnp.broadcast_to(jnp.arange(slots + _AT_ONCE, dtype=jnp.int32), (*there.shape[:2], slots + _AT_ONCE))
+    own, among = take(keys, fates.stay), Fates(order[..., :slots], order[..., slots:])
+
+    def step(kept: Segment, block: tuple) -> tuple[Segment, None]:
+        (tokens, theirs), real = block
+        real = jnp.concatenate([kept.pos >= 0, real], axis=-1)
+        return fold(kept, beside(kept, tokens), among, beside(own, theirs), None, real, values), None
+
+    split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:-1], blocks, _AT_ONCE), -2, 0)  # noqa: E731
+    return jax.lax.scan(step, kept, jax.tree.map(split, (going, there)))[0]
 
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)

@@ -102,8 +102,9 @@ def _affordable(method: Rereading, cache: ModelCache, chosen: list[int], protect
     """Tokens per head within the method's limit in bytes of the whole cache."""
     layers = [cache[i] for i in chosen]
     history = sum(nbytes(layer).history for layer in layers)
-    # Positions come to what a slot holds.
-    slot = sum(nbytes(layer).history / layer.history.slots + 4 * layer.spec.batch * layer.spec.kv_heads for layer in layers)
+    # Positions come to what a slot holds, and biases where tokens are folded.
+    more = 4 * (1 if layers[0].policy.fold is None else 2)
+    slot = sum(nbytes(layer).history / layer.history.slots + more * layer.spec.batch * layer.spec.kv_heads for layer in layers)
     return protected + int((method.bytes - (nbytes(cache).device - history)) // slot) - room
 
 
