@@ -244,7 +244,6 @@ def mtp_cache_specs(config: ModelConfig, batch: int, capacity: int, dtype: str =
 
 
 def _specs(blocks: Sequence[Block], batch: int, capacity: int, dtype: str) -> tuple[LayerSpec, ...]:
-
     def spec(mixer: Mixer) -> LayerSpec:
         match mixer:
             case LatentConfig():
