@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from memjax.attention.rope import Rope
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 SCORINGS = ("softmax", "sigmoid", "softmax_of_chosen")
+MTP_FAMILIES = ("deepseek_v3", "kimi_k2", "glm4_moe_lite")  # may keep modules for multi-token prediction behind the last layer
 _MOST_LAYERS = 10_000  # a file that claims more would cost memory before anything else could refuse it
 
 
@@ -244,6 +245,7 @@ class ModelConfig:
       family: its Hugging Face model_type: the names of its tensors.
       vocab, width: sizes.
       blocks: its layers.
+      mtp_blocks: the layers of its modules for multi-token prediction, one each; none: the decoder has no such modules.
       max_position: length that the model was made for, in tokens.
       tied: the vocabulary projection is the embedding.
       unit_offset: norms multiply by 1 + weight, in float32 (Gemma).
@@ -274,10 +276,13 @@ class ModelConfig:
     logits_softcap: float | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    mtp_blocks: tuple[Block, ...] = ()
 
     def __post_init__(self):
         _check_sizes(self, "vocab", "width", "layers", "max_position")
         _check_eps(self.norm_eps)
+        if self.mtp_blocks and self.family not in MTP_FAMILIES:
+            raise ValueError(f"multi-token prediction is supported for {', '.join(MTP_FAMILIES)} only, not for {self.family}")
 
     @property
     def layers(self) -> int:
@@ -296,7 +301,7 @@ class ModelConfig:
 
     def to_json(self) -> dict:
         """A JSON-compatible dict; ``from_json`` inverts it."""
-        return dataclasses.asdict(self) | {"blocks": [[_part(block.mixer), _part(block.mlp)] for block in self.blocks]}
+        return dataclasses.asdict(self) | {key: _parts(getattr(self, key)) for key in ("blocks", "mtp_blocks")}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
@@ -306,14 +311,22 @@ class ModelConfig:
           ValueError: a field is missing, unknown, or of an impossible value.
         """
         try:
-            blocks = tuple(Block(_from_part(mixer), _from_part(mlp)) for mixer, mlp in data["blocks"])
-            return cls(**_tuples(data) | {"blocks": blocks})
+            blocks = {"blocks": _from_parts(data["blocks"]), "mtp_blocks": _from_parts(data.get("mtp_blocks", ()))}
+            return cls(**_tuples(data) | blocks)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"this is no saved model configuration: {error}") from error
 
 
+def _parts(blocks: tuple[Block, ...]) -> list[list[dict[str, Any]]]:
+    return [[_part(block.mixer), _part(block.mlp)] for block in blocks]
+
+
 def _part(part: Mixer | Mlp) -> dict[str, Any]:
     return {"kind": _kind(part)} | dataclasses.asdict(part)
+
+
+def _from_parts(data: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> tuple[Block, ...]:
+    return tuple(Block(_from_part(mixer), _from_part(mlp)) for mixer, mlp in data)
 
 
 def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:

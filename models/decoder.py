@@ -6,7 +6,7 @@ A decoder is a pytree: pass it to ``jax.jit`` as an argument. It owns no cache; 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,14 @@ from memjax.cache.layer import LayerCache, commit_all
 from memjax.cache.policy import ModelCache
 from memjax.cache.pools import HeadPools
 from memjax.cache.spec import CacheSpec, LayerSpec
-from memjax.models.config import AttentionConfig, LatentConfig, MambaConfig, Mixer, ModelConfig, MoeConfig
+from memjax.models.config import AttentionConfig, Block, LatentConfig, MambaConfig, Mixer, ModelConfig, MoeConfig
 from memjax.models.latent import LatentAttention, latent_spec
 from memjax.models.mamba import Mamba, recurrent_spec
 from memjax.models.mlp import MLP, MoE
+from memjax.models.mtp import MtpModule
 from memjax.models.norm import RMSNorm
 from memjax.models.source import TensorSource, check_tensors
-from memjax.models.tensors import Path, Stored, stored_parameters
+from memjax.models.tensors import Path, Stored, stored_copies, stored_parameters
 from memjax.models.through import first_positions, read_new, through_cache
 
 
@@ -99,8 +100,8 @@ def _mixer(mixer: Mixer, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) 
 class Layer(nnx.Module):
     """One pre-norm decoder layer; Gemma's have norms behind the mixer and the MLP, too."""
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: DTypeLike, rngs: nnx.Rngs):
-        block, norm = config.blocks[layer], functools.partial(_norm, config, config.width, dtype)
+    def __init__(self, config: ModelConfig, block: Block, dtype: DTypeLike, rngs: nnx.Rngs):
+        norm = functools.partial(_norm, config, config.width, dtype)
         self.mixer_norm = norm()
         self.mixer = _mixer(block.mixer, config, dtype, rngs)
         self.mixer_post_norm = norm() if config.post_norms else None
@@ -128,15 +129,17 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token embeddings, layers, final norm and vocabulary projection."""
+    """Token embeddings, layers, final norm and vocabulary projection; ``mtp``: modules that look further ahead, if any."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.embedding = nnx.Embed(config.vocab, config.width, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Layer(config, i, dtype, rngs) for i in range(config.layers)])
+        self.layers = nnx.List([Layer(config, block, dtype, rngs) for block in config.blocks])
         self.norm = _norm(config, config.width, dtype)
         head = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
         self.head = None if config.tied else head(config.width, config.vocab)
+        ahead = [MtpModule(config, Layer(config, block, dtype, rngs), dtype, rngs) for block in config.mtp_blocks]
+        self.mtp = nnx.List(ahead)
 
     def __call__(
         self,
@@ -162,6 +165,48 @@ class Decoder(nnx.Module):
             caches.append(layer_cache)
         return self.norm(x), None if cache is None else commit_all(caches)
 
+    def predict_ahead(
+        self,
+        hidden: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        cache: LayerCache | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        *,
+        depth: int = 1,
+        compress_first: bool = False,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Hidden states one token further ahead, by a module for multi-token prediction (``memjax.models.mtp``).
+
+        Args:
+          hidden: what ``__call__`` returned for T tokens in a row; at depth 2 and beyond what this method returned for them
+            at the depth before.
+          tokens: the ids ``depth`` places behind those tokens; at depth 1 the T next ones.
+          cache: the module's own, an entry of ``policy.init(decoder.mtp_cache_specs(...))``, which has taken in the same
+            tokens before these as the decoder's; None: the tokens stand alone.
+          lengths: how many of each row are real; the others, on the right, are padding.
+          depth: the module's place in ``mtp``, from 1 on.
+          compress_first: as for ``__call__``.
+
+        Returns:
+          Hidden states in the dtype of ``hidden``, of which ``logits`` makes the logits of the tokens ``depth`` + 1 places
+          behind, and the cache.
+
+        Raises:
+          ValueError: no module of this depth, or other shapes of ``hidden`` and ``tokens``.
+        """
+        if not 1 <= depth <= len(self.mtp):
+            raise ValueError(
+                f"the decoder has {len(self.mtp)} modules for multi-token prediction, none of depth {depth!r}; they are "
+                "loaded with mtp=True"
+            )
+        if hidden.shape != (*tokens.shape, self.config.width):
+            raise ValueError(
+                f"hidden states must be [B, T, {self.config.width}] for tokens [B, T], got {list(hidden.shape)} and "
+                f"{list(tokens.shape)}"
+            )
+        hidden, cache = self.mtp[depth - 1](self.embed(tokens), hidden, cache, lengths, compress_first)
+        return hidden, None if cache is None else commit_all((cache,))[0]
+
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first layer reads."""
         return scaled(self.embedding(tokens), self.config.embedding_scale)
@@ -183,10 +228,22 @@ class Decoder(nnx.Module):
         """What each layer asks of a cache; ``dtype`` None: the dtype of the weights."""
         return cache_specs(self.config, batch, capacity, dtype or str(jnp.dtype(self.embedding.dtype)))
 
+    def mtp_cache_specs(self, batch: int, capacity: int, dtype: str | None = None) -> tuple[LayerSpec, ...]:
+        """What each module for multi-token prediction asks of a cache; ``dtype`` None: the dtype of the weights."""
+        return mtp_cache_specs(self.config, batch, capacity, dtype or str(jnp.dtype(self.embedding.dtype)))
+
 
 def cache_specs(config: ModelConfig, batch: int, capacity: int, dtype: str = "bfloat16") -> tuple[LayerSpec, ...]:
-    """What each layer of a model asks of a cache, without the model."""
+    """What each layer of a model asks of a cache, without the model; for ``config.mtp_blocks`` see ``mtp_cache_specs``."""
+    return _specs(config.blocks, batch, capacity, dtype)
 
+
+def mtp_cache_specs(config: ModelConfig, batch: int, capacity: int, dtype: str = "bfloat16") -> tuple[LayerSpec, ...]:
+    """What each module for multi-token prediction asks of a cache, without the model."""
+    return _specs(config.mtp_blocks, batch, capacity, dtype)
+
+
+def _specs(blocks: Sequence[Block], batch: int, capacity: int, dtype: str) -> tuple[LayerSpec, ...]:
     def spec(mixer: Mixer) -> LayerSpec:
         match mixer:
             case LatentConfig():
@@ -207,7 +264,7 @@ def cache_specs(config: ModelConfig, batch: int, capacity: int, dtype: str = "bf
                     q_heads=mixer.q_heads,
                 )
 
-    return tuple(spec(block.mixer) for block in config.blocks)
+    return tuple(spec(block.mixer) for block in blocks)
 
 
 def load_decoder(
@@ -222,22 +279,37 @@ def load_decoder(
       progress: called with each tensor's name, of ``expected_tensors``, once it is in place.
 
     Raises:
-      ValueError: missing, unexpected or misshapen tensors, found before any is read.
+      ValueError: missing, unexpected or misshapen tensors, found before any is read; copies that differ from their originals.
     """
     check_tensors(config, source)
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
-    variables, filled = dict(nnx.to_flat_state(state)), []
+    variables, filled = dict(nnx.to_flat_state(state)), {}
     for names, places in _by_tensors(stored_parameters(config)).items():
         read = [source.read(name) for name in names]
         tensor = np.stack(read) if len(read) > 1 else read[0]
         for path, place in places:
             variable = variables[path]
-            filled.append((path, variable.replace(jnp.asarray(place(tensor), dtype=variable.get_value().dtype))))
+            filled[path] = variable.replace(jnp.asarray(place(tensor), dtype=variable.get_value().dtype))
         if progress is not None:
             for name in names:
                 progress(name)
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+    _check_copies(config, source, filled)
+    return nnx.merge(graphdef, nnx.from_flat_state(list(filled.items())))
+
+
+def _check_copies(config: ModelConfig, source: TensorSource, filled: Mapping[Path, nnx.Variable]) -> None:
+    """Raises ValueError if a module for multi-token prediction brings an embedding or a head that is not the decoder's."""
+    stored = source.names()
+    for name, (path, original) in stored_copies(config).items():
+        if name not in stored:
+            continue
+        kept = filled[path].get_value()
+        if not jnp.array_equal(jnp.asarray(original.place(source.read(name)), dtype=kept.dtype), kept):
+            raise ValueError(
+                f"tensor {name} is not a copy of {original.names[0]}, which multi-token prediction shares with the model; "
+                "without it in the checkpoint the model's is used"
+            )
 
 
 def _by_tensors(stored: Mapping[Path, Stored]) -> dict[tuple[str, ...], list[tuple[Path, Callable]]]:

@@ -41,6 +41,25 @@ def latent_family(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def with_mtp(model: ModelConfig, config: Mapping[str, Any]) -> ModelConfig:
+    """``model`` with the modules for multi-token prediction that its configuration has.
+
+    Their layers have experts wherever the model has any: ``first_k_dense_replace`` is about the model's own layers.
+
+    Raises:
+      ValueError: num_nextn_predict_layers is absent or 0, or no number of layers; a family without such modules.
+    """
+    depths = config.get("num_nextn_predict_layers")
+    if depths is None or (depths == 0 and not isinstance(depths, bool)):
+        raise ValueError(
+            f"mtp=True needs num_nextn_predict_layers >= 1 in the model's configuration, got {depths!r}: this {model.family} "
+            "model has no modules for multi-token prediction"
+        )
+    mlp = _mlps({**config, "first_k_dense_replace": 0, "mlp_layer_types": None}, model.family, 1)[0]
+    block = Block(model.blocks[-1].mixer, mlp)
+    return dataclasses.replace(model, mtp_blocks=(block,) * size(config, "num_nextn_predict_layers"))
+
+
 def _latent(config: Mapping[str, Any], family: str) -> LatentConfig:
     nope, rotary = size(config, "qk_nope_head_dim"), size(config, "qk_rope_head_dim")
     interleaved = bool(config.get("rope_interleave", family != "minicpm3"))

@@ -66,7 +66,9 @@ class LanguageModel:
         return policy.init(self.decoder.cache_specs(batch, capacity, dtype))
 
 
-def load(name: str | Path, dtype: DTypeLike | None = None, progress: Progress | None = None) -> LanguageModel:
+def load(
+    name: str | Path, dtype: DTypeLike | None = None, progress: Progress | None = None, *, mtp: bool = False
+) -> LanguageModel:
     """Loads a model of one of ``memjax.models.hf_config.FAMILIES``.
 
     Args:
@@ -74,23 +76,29 @@ def load(name: str | Path, dtype: DTypeLike | None = None, progress: Progress | 
         folder written by ``save_model``, or a hub id owner/name.
       dtype: of the weights; None: bfloat16 on accelerators, float32 on the CPU.
       progress: called with (tensors read, tensors in all).
+      mtp: also the modules for multi-token prediction behind the last layer (DeepSeek-V3, GLM-4.7-Flash), for
+        ``decoder.predict_ahead``. A folder written by ``save_model`` has those that the decoder had, with ``mtp`` or without.
 
     Raises:
       FileNotFoundError: nothing there.
-      ValueError: a file that is damaged or not supported, weights that do not fit the configuration.
+      ValueError: a file that is damaged or not supported, weights that do not fit the configuration; for ``mtp`` also a
+        model without such modules, as by num_nextn_predict_layers in its configuration, and a GGUF file.
     """
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in (2, 4):
         raise ValueError(f"weights of dtype {dtype} are not supported; use float32, bfloat16 or float16")
     path = Path(name)
+    gguf = str(name) == "smollm2-135m" or (not path.is_dir() and (path.is_file() or path.suffix == ".gguf"))
+    if gguf and mtp:
+        raise ValueError(f"mtp=True needs a checkpoint folder or a hub id; {name} is a GGUF file")
     if str(name) == "smollm2-135m":
         return dataclasses.replace(_from_gguf(_embedded_smollm2(), dtype, progress), name="smollm2-135m")
-    if path.is_dir():
-        return _from_folder(path, dtype, progress)
-    if path.is_file() or path.suffix == ".gguf":
+    if gguf:
         return _from_gguf(path, dtype, progress)
+    if path.is_dir():
+        return _from_folder(path, dtype, progress, mtp)
     if is_repo_id(str(name)):
-        return dataclasses.replace(_from_folder(download(str(name)), dtype, progress), name=str(name))
+        return dataclasses.replace(_from_folder(download(str(name)), dtype, progress, mtp), name=str(name))
     raise FileNotFoundError(
         f"no model {str(name)!r}: give smollm2-135m, a GGUF file, a checkpoint folder, or a hub id such as owner/name"
     )
@@ -110,11 +118,13 @@ def _from_gguf(path: Path, dtype: jnp.dtype, progress: Progress | None) -> Langu
     return _model(str(path), config, source, tokenizer, dtype, progress)
 
 
-def _from_folder(folder: Path, dtype: jnp.dtype, progress: Progress | None) -> LanguageModel:
+def _from_folder(folder: Path, dtype: jnp.dtype, progress: Progress | None, mtp: bool) -> LanguageModel:
     if is_saved_model(folder):
         decoder, tokenizer = restore_model(folder)
+        if mtp and not decoder.mtp:
+            raise ValueError(f"{folder} was saved without multi-token prediction: load its checkpoint with mtp=True")
         return LanguageModel(str(folder), decoder, tokenizer, _stop_ids(decoder.config, tokenizer))
-    config, source = open_checkpoint(folder)
+    config, source = open_checkpoint(folder, mtp=mtp)
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
     extra: tuple[int, ...] = ()
     if (folder / "generation_config.json").is_file():

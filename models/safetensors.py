@@ -84,8 +84,11 @@ def _language_name(name: str) -> str:
     return name
 
 
-def open_checkpoint(folder: str | Path) -> tuple[ModelConfig, TensorSource]:
+def open_checkpoint(folder: str | Path, *, mtp: bool = False) -> tuple[ModelConfig, TensorSource]:
     """Opens a checkpoint folder. Reads no tensor.
+
+    Args:
+      mtp: as for ``hf_config``.
 
     Raises:
       FileNotFoundError: no config.json or no weights.
@@ -93,7 +96,7 @@ def open_checkpoint(folder: str | Path) -> tuple[ModelConfig, TensorSource]:
     """
     folder = Path(folder)
     described = read_json(folder / "config.json")
-    config, block = hf_config(described), fp8_block(described)
+    config, block = hf_config(described, mtp=mtp), fp8_block(described)
     source: TensorSource = SafetensorsSource(_files(folder))
     if block is not None:
         source = Fp8Source(source, block)

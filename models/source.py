@@ -7,11 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
-from memjax.models.config import ModelConfig
-from memjax.models.tensors import stored_parameters
+from memjax.models.config import MTP_FAMILIES, ModelConfig
+from memjax.models.tensors import stored_copies, stored_parameters
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_WITH_DRAFT_LAYERS = ("deepseek_v3", "kimi_k2", "glm4_moe_lite")
 
 
 class TensorSource(Protocol):
@@ -35,7 +34,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def ignorable(name: str, layers: int | None = None) -> bool:
     """Whether no model reads this: a rotary buffer of an old checkpoint, or a layer behind the last of ``layers``.
 
-    DeepSeek-V3 and its kin keep their multi-token-prediction layers there, for training and for drafts.
+    DeepSeek-V3 and its kin keep their modules for multi-token prediction there.
     """
     behind = layers is not None and (found := _LAYER.match(name)) is not None and int(found[1]) >= layers
     return behind or name.endswith("rotary_emb.inv_freq")
@@ -44,19 +43,20 @@ def ignorable(name: str, layers: int | None = None) -> bool:
 def check_tensors(config: ModelConfig, source: TensorSource) -> None:
     """Compares a checkpoint's tensors with the configuration's; reads none.
 
-    The sets must be equal, but for rotary buffers, layers for multi-token prediction and, where embeddings are tied, a second
-    copy of them.
+    The sets must be equal, but for rotary buffers, modules for multi-token prediction that the configuration leaves out, their
+    copies of embedding and head and, where embeddings are tied, a second copy of them.
 
     Raises:
       ValueError: names the tensors that are missing, unexpected or of another shape.
     """
-    expected = expected_tensors(config)
+    expected, copies = expected_tensors(config), {name: each.shape for name, (_, each) in stored_copies(config).items()}
     dropped = {"lm_head.weight"} if config.tied else set()
-    layers = config.layers if config.family in _WITH_DRAFT_LAYERS else None
+    layers = config.layers if config.family in MTP_FAMILIES and not config.mtp_blocks else None
     found = {name for name in source.names() if not ignorable(name, layers)} - dropped
     problems = []
     if missing := sorted(expected.keys() - found):
         problems.append(f"missing: {_some(missing)}")
+    expected |= {name: copies[name] for name in copies.keys() & found}
     if unexpected := sorted(found - expected.keys()):
         problems.append(f"unexpected: {_some(unexpected)}")
     shapes = {name: tuple(source.shape(name)) for name in sorted(expected.keys() & found)}

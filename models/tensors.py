@@ -38,13 +38,53 @@ class Stored:
 
 def stored_parameters(config: ModelConfig) -> dict[Path, Stored]:
     """By the path of the parameter: ("layers", 5, "mixer", "q", "kernel")."""
-    vector = (config.width,)
     found: dict[Path, Stored] = {
         ("embedding", "embedding"): Stored(("model.embed_tokens.weight",), (config.vocab, config.width)),
-        ("norm", "scale"): Stored(("model.norm.weight",), vector),
+        ("norm", "scale"): Stored(("model.norm.weight",), (config.width,)),
     }
     if not config.tied:
         found["head", "kernel"] = Stored(("lm_head.weight",), (config.vocab, config.width), _transposed)
+    for i, block in enumerate(config.blocks):
+        found |= _behind(("layers", i), f"model.layers.{i}", _layer(block, config))
+    for k, block in enumerate(config.mtp_blocks):
+        found |= _behind(("mtp", k), _mtp_prefix(config, k), _mtp(block, config))
+    return found
+
+
+def stored_copies(config: ModelConfig) -> dict[str, tuple[Path, Stored]]:
+    """Tensors that a checkpoint may have a second time, in its modules for multi-token prediction.
+
+    Returns:
+      By the tensor's name: the path of the parameter that it is a copy of, and how it is stored.
+    """
+    shape = (config.vocab, config.width)
+    embedding = ("embedding", "embedding"), Stored(("model.embed_tokens.weight",), shape)
+    head = embedding if config.tied else (("head", "kernel"), Stored(("lm_head.weight",), shape, _transposed))
+    prefixes = [_mtp_prefix(config, k) for k in range(len(config.mtp_blocks))]
+    names = {"embed_tokens.weight": embedding, "shared_head.head.weight": head}
+    return {f"{prefix}.{name}": copied for prefix in prefixes for name, copied in names.items()}
+
+
+def _behind(path: Path, prefix: str, part: dict[Path, Stored]) -> dict[Path, Stored]:
+    def named(each: Stored) -> Stored:
+        return Stored(tuple(f"{prefix}.{name}" for name in each.names), each.shape, each.place)
+
+    return {(*path, *end): named(each) for end, each in part.items()}
+
+
+def _mtp_prefix(config: ModelConfig, k: int) -> str:
+    return f"model.layers.{config.layers + k}"
+
+
+def _mtp(block: Block, config: ModelConfig) -> dict[Path, Stored]:
+    """A module for multi-token prediction: its layer's tensors lie beside its own, as if all were one layer's."""
+    width = config.width
+    found = _norm("enorm", "enorm", width) | _norm("hnorm", "hnorm", width) | _norm("norm", "shared_head.norm", width)
+    found |= _linear("eh_proj", "eh_proj", width, 2 * width)
+    return found | {("layer", *path): each for path, each in _layer(block, config).items()}
+
+
+def _layer(block: Block, config: ModelConfig) -> dict[Path, Stored]:
     norms = {"mixer_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if config.post_norms:
         norms = {
@@ -53,14 +93,9 @@ def stored_parameters(config: ModelConfig) -> dict[Path, Stored]:
             "mlp_norm": "pre_feedforward_layernorm",
             "mlp_post_norm": "post_feedforward_layernorm",
         }
-    for i, block in enumerate(config.blocks):
-        layer = {(norm, "scale"): Stored((f"{name}.weight",), vector) for norm, name in norms.items()}
-        layer |= {("mixer", *path): each for path, each in _mixer(block, config.width).items()}
-        layer |= {("mlp", *path): each for path, each in _mlp(block, config).items()}
-        for path, each in layer.items():
-            names = tuple(f"model.layers.{i}.{name}" for name in each.names)
-            found["layers", i, *path] = Stored(names, each.shape, each.place)
-    return found
+    found = {(norm, "scale"): Stored((f"{name}.weight",), (config.width,)) for norm, name in norms.items()}
+    found |= {("mixer", *path): each for path, each in _mixer(block, config.width).items()}
+    return found | {("mlp", *path): each for path, each in _mlp(block, config).items()}
 
 
 def _linear(module: str, name: str, outputs: int, inputs: int, bias: bool = False) -> dict[Path, Stored]:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import MtpModel
 from variants import LENGTHS, VARIANTS, Variant
 
 SEED = 21  # the first from 20 on whose greedy golden keeps a safe margin at every step
@@ -48,7 +49,21 @@ def load(folder: Path, config: str = "config.json", **options):
             dequantise(Path(scratch) / "model.safetensors", quantised["weight_block_size"][0])
         write_json(Path(scratch) / "config.json", settings)
         settings = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"} | options
-        return AutoModelForCausalLM.from_pretrained(scratch, **settings).eval()
+        model = AutoModelForCausalLM.from_pretrained(scratch, **settings)
+        if depths := getattr(model.config, "num_nextn_predict_layers", 0):
+            add_mtp(model, depths)
+        return model.eval()
+
+
+def add_mtp(model, depths: int) -> None:
+    """Modules for multi-token prediction as ``model.mtp``, read from the model's checkpoint by transformers."""
+    model.config.num_mtp_layers = depths
+    if getattr(model.config, "mlp_layer_types", None) is not None:
+        model.config.mtp_mlp_layer_types = ["sparse"] * depths
+    # transformers knows the published checkpoints' layers only: 61 of DeepSeek-V3, 47 of GLM-4.7-Flash.
+    behind = "|".join(str(model.config.num_hidden_layers + k) for k in range(depths))
+    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({behind})\."]
+    model.mtp = MtpModel.from_pretrained(model)
 
 
 def spread(scales: torch.Tensor, weight: torch.Tensor, block: int) -> torch.Tensor:
@@ -60,7 +75,7 @@ def spread(scales: torch.Tensor, weight: torch.Tensor, block: int) -> torch.Tens
 def quantise(path: Path, block: int) -> None:
     """The matrices of attention, MLPs and experts as DeepSeek-V3 stores them; router, norms and embeddings stay."""
     tensors = load_file(path)
-    for key in [key for key in tensors if "proj" in key]:
+    for key in [key for key in tensors if "proj" in key and "eh_proj" not in key]:
         weight = tensors[key]
         rows, columns = (-(-size // block) for size in weight.shape)
         padded = torch.zeros(rows * block, columns * block)
@@ -83,6 +98,17 @@ def dequantise(path: Path, block: int) -> None:
 @torch.no_grad()
 def logits_of(model, tokens: torch.Tensor, **inputs) -> torch.Tensor:
     return model(input_ids=tokens, use_cache=False, **inputs).logits
+
+
+@torch.no_grad()
+def mtp_logits_of(model, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of each depth k: position i reads token i + k and says what token i + k + 1 is."""
+    found, hidden = {}, model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    for k in range(1, len(model.mtp.layers) + 1):
+        positions = torch.arange(k, tokens.shape[1])[None]
+        hidden = model.mtp.forward_layer(k - 1, hidden[:, :-1], positions, None, input_ids=tokens[:, k:])
+        found[f"mtp_{k}"] = model.mtp._project_to_logits(hidden)
+    return found
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -114,6 +140,23 @@ def randomise(model, variant: Variant) -> None:
     for key, value in sorted(model.named_buffers()):
         if key.endswith("e_score_correction_bias"):
             value.copy_(0.5 * torch.randn(value.shape, generator=source))
+
+
+def write_mtp(path: Path, settings: dict, variant: Variant) -> None:
+    """Turns the last layers into modules for multi-token prediction, under the names of DeepSeek-V3's checkpoint."""
+    tensors, source, width = load_file(path), generator(f"{variant.name} mtp".replace("_fp8", "")), settings["hidden_size"]
+    for layer in range(settings["num_hidden_layers"] - variant.mtp, settings["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for name in ("enorm", "hnorm", "shared_head.norm"):
+            tensors[f"{prefix}.{name}.weight"] = 0.5 + torch.rand(width, generator=source)
+        tensors[f"{prefix}.eh_proj.weight"] = 0.2 * torch.randn(width, 2 * width, generator=source)
+        tensors[f"{prefix}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"{prefix}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    settings["num_hidden_layers"] -= variant.mtp
+    settings["num_nextn_predict_layers"] = variant.mtp
+    if "mlp_layer_types" in settings:
+        settings["mlp_layer_types"] = settings["mlp_layer_types"][: -variant.mtp]
 
 
 def old_spelling(variant: Variant, config: dict, rope_key: str) -> dict:
@@ -151,6 +194,9 @@ def write_checkpoint(folder: Path, variant: Variant) -> None:
     model.save_pretrained(folder, **({"max_shard_size": variant.shard} if variant.shard else {}))
     (folder / "generation_config.json").unlink(missing_ok=True)
     saved = json.loads((folder / "config.json").read_text())
+    if variant.mtp:
+        write_mtp(folder / "model.safetensors", saved, variant)
+        write_json(folder / "config.json", saved)
     if variant.fp8:
         quantise(folder / "model.safetensors", variant.fp8)
         blocks = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [variant.fp8] * 2}
@@ -193,6 +239,27 @@ def check_variant(folder: Path, variant: Variant, tokens: torch.Tensor, logits: 
     check(near < 5e-3, f"{variant.name}: a tiny change of the weights changes the logits by {near}, a near tie")
     shown = " ".join(f"{effect:.2f}" for effect in effects)
     return f"float64 {double:.1e}  padded {gap:.1e}  perturbed {near:.0e}  effect {shown}"
+
+
+def check_mtp(folder: Path, variant: Variant, tokens: torch.Tensor, logits: dict[str, torch.Tensor]) -> str:
+    """Conditioning of what the modules for multi-token prediction say, and that each of their parameters counts."""
+    names = [f"mtp_{k + 1}" for k in range(variant.mtp)]
+    double = mtp_logits_of(load(folder, dtype=torch.float64), tokens)
+    gap = max(largest(double[name].float(), logits[name]) for name in names)
+    check(gap < 3e-5, f"{variant.name}: float32 differs from float64 by {gap} in multi-token prediction")
+    model, source = load(folder), generator("perturbation")
+    deepest, effects = names[-1], []
+    with torch.no_grad():
+        for key, value in sorted(model.mtp.layers.named_parameters()):
+            exact = value.clone()
+            value.copy_(exact * (1 + 1e-5 * torch.randn(exact.shape, generator=source)))
+            near = largest(mtp_logits_of(model, tokens)[deepest], logits[deepest])
+            check(near < 5e-3, f"{variant.name}: a tiny change of {key} changes the logits by {near}, a near tie")
+            value.copy_(exact * (1 + 0.5 * torch.randn(exact.shape, generator=source)))
+            effects.append(largest(mtp_logits_of(model, tokens)[deepest], logits[deepest]))
+            check(effects[-1] > 0.01, f"{variant.name}: {key} changes the logits by {effects[-1]} only")
+            value.copy_(exact)
+    return f"  multi-token float64 {gap:.1e}  effect {min(effects):.2f}"
 
 
 def without_setting(folder: Path, entries: dict, tokens: torch.Tensor, logits: torch.Tensor) -> float:
@@ -242,6 +309,9 @@ def write_variant(out: Path, variant: Variant) -> None:
     logits = logits_of(model, tokens)
     summary = check_variant(folder, variant, tokens, logits)
     arrays = {"tokens": tokens.to(torch.int32), "lengths": torch.tensor(LENGTHS, dtype=torch.int32), "logits": logits}
+    if variant.mtp:
+        arrays |= mtp_logits_of(model, tokens)
+        summary += check_mtp(folder, variant, tokens, arrays)
     for length in variant.alone:
         arrays[f"logits_{length}"] = logits_of(load(folder), tokens[:1, :length])
         check(

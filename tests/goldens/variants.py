@@ -48,6 +48,7 @@ class Variant:
       old_extra: entries that only the old spelling has.
       fp8: matrices as float8_e4m3fn with one scale per block of this many rows and columns.
       alone: lengths for which row 0 is also run by itself, because the length decides the frequencies.
+      mtp: so many of the layers are written as modules for multi-token prediction.
       shard: save_pretrained's max_shard_size.
     """
 
@@ -62,6 +63,7 @@ class Variant:
     shard: str | None = None
     greedy: bool = False
     fp8: int | None = None
+    mtp: int = 0
 
     def config(self):
         return AutoConfig.for_model(self.family, **copy.deepcopy(SMALL | self.changes))
@@ -397,6 +399,9 @@ VARIANTS = (
         old=True,
         old_extra=NOAUX_TC | {"first_k_dense_replace": 1},
     ),
+    Variant("deepseek_v3", "deepseek_v3_mtp", V3 | {"num_hidden_layers": 4}, mtp=2),
+    Variant("deepseek_v3", "deepseek_v3_mtp_fp8", V3 | {"num_hidden_layers": 3}, mtp=1, fp8=16),
+    Variant("glm4_moe_lite", "glm4_moe_lite_mtp", GLM | {"num_hidden_layers": 3}, mtp=1),
     Variant(
         "minicpm3",
         "minicpm3",
