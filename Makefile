@@ -9,6 +9,8 @@ AOT := .venv-aot
 AOT_RUN := MEMJAX_AOT_PYTHON=$(CURDIR)/$(AOT)/bin/python
 # The compilers exist for Linux on x86-64; elsewhere the tests that need them are skipped.
 AOT_STAMP := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(AOT)/.installed)
+# Most of a fast test's time is LLVM optimising programs that run once; slow tests compute enough to earn it back.
+QUICK := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
 # Files of tests side by side, as many as there are cores; each process takes some 2 GB.
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 CANDIDATES := $(or $(PYTHON),python3.13 python3.12 \
@@ -32,7 +34,7 @@ demo: $(STAMP)
 	$(RUN) -m memjax.cli demo --out demo_out
 
 test: lint $(AOT_STAMP)
-	$(AOT_RUN) $(PYTEST) -m "not slow and not kernels"
+	$(QUICK) $(AOT_RUN) $(PYTEST) -m "not slow and not kernels"
 
 test-slow: $(STAMP)
 	$(PYTEST) -m slow
