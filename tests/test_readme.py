@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from memjax import cli
-from memjax.evaluate.eviction_report import eviction_markdown
+from memjax.evaluate.eviction_report import eviction_markdown, keys_summary
 from memjax.evaluate.markdown import codec_markdown, evaluation_markdown, eviction_summary, markdown
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +71,9 @@ def test_the_table_of_evictors_is_the_committed_result():
     result = json.loads((ROOT / "benchmarks" / "results" / "evict_eval.json").read_text())
     assert eviction_summary(result) in README
     assert eviction_markdown(result) == (ROOT / "benchmarks" / "results" / "evict_eval.md").read_text()
+    keys = json.loads((ROOT / "benchmarks" / "results" / "evict_keys.json").read_text())
+    assert keys_summary(keys, 0.25) in README
+    assert eviction_markdown(keys) == (ROOT / "benchmarks" / "results" / "evict_keys.md").read_text()
 
 
 def test_named_files_exist():

@@ -42,6 +42,17 @@ def eviction_markdown(result: Mapping) -> str:
     return "\n".join([*lines, "", _caption(result), ""])
 
 
+def keys_summary(result: Mapping, fraction: float) -> str:
+    """Keys at one kept part as a Markdown table; the uncompressed model first."""
+    tasks = _tasks(result)
+    header = [f"{_NAMES[kind]}, {question}" for kind, question in tasks]
+    lines = [f"| evictor, {fraction:g} kept | {' | '.join(header)} |", "|---" + "|--:" * len(tasks) + "|"]
+    for row in result["rows"]:
+        if row["name"] == UNCOMPRESSED or row["fraction"] == fraction:
+            lines.append(f"| `{row['name']}` | {' | '.join(_found(row, *task) for task in tasks)} |")
+    return "\n".join(lines)
+
+
 def _tasks(result: Mapping) -> list[tuple[str, str]]:
     """The columns of the tasks that were run."""
     return [task for task in _TASKS if "_".join(task) in result["rows"][0]]
