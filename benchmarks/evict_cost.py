@@ -7,8 +7,9 @@ Memory: the step that reads a chunk of a prompt (rotation, attention, scores, ev
 and budgets, the cache donated; arguments are the cache and the chunk, temporaries what else it needs. Times: of that step,
 eviction included, and of a decode step, with 1k, 8k and 32k tokens behind it; runs of all policies take turns and the fastest
 of each counts. On a CPU it is the process's CPU time, all threads together, which does not count other programs. Texts are
-random, and written to the cache without being attended to: which tokens stay makes no difference to the time. Writes
-results/evict_cost.{json,md}.
+random, and written to the cache without being attended to: which tokens stay makes no difference to the time. Left out:
+``pyramidkv``, which in one layer is ``snapkv``, and those that keep more than a budget by design, ``kvzip`` and ``kvcompose``
+until the prompt has been read, ``duo`` in its retrieval heads. Writes results/evict_cost.{json,md}.
 """
 
 from __future__ import annotations

@@ -109,6 +109,8 @@ def test_the_policys_text(file):
     assert policy == mj.auto(3.5, by_head=True)
     assert str(policy) == "auto(bits=3.5,by_head=true)"
     assert str(CachePolicy(codec=MIXED.codec)) == "by_head(int8(rotate=true),int4,int8(rotate=true),dense)"
+    with pytest.raises(ValueError, match=r"for smollm2-135m is of a model with 30 layers, this one has 4: .* --by-head"):
+        policy.init([WIDE] * LAYERS)
     with pytest.raises(ValueError, match="has codecs for 4 kv heads, this layer has 2"):
         MIXED.init(SPEC)
 
@@ -231,14 +233,14 @@ def test_a_file_by_head_serves_by_layer_too(tiny, measured, tmp_path):
 
 
 @pytest.mark.slow
-def test_bits_by_head_are_not_worse_than_by_layer_on_the_real_model(smollm2):
+def test_bits_by_head_are_not_worse_than_uniform_ones_on_the_real_model(smollm2):
     """Static setting, the first tokens of two texts; the table that memjax brings along comes from later parts of them."""
     setup = Setup(chunk=256, cache_dtype="float32", decode_tokens=0, static=True)
-    names = ("turboquant(3,3)", "auto(bits=3.25)", "auto(bits=3.25,by_head=true)")
+    policies = ("turboquant(3,3)+protect(4,0)", "auto(bits=3.25,by_head=true)+protect(4,0)")
+    jobs = [Job(mj.policy(each), static=True) for each in policies]
     reader = Reader(smollm2, 512, setup)
     for text in (NOVEL, CODE):
-        jobs = [Job(mj.policy(f"{name}+protect(4,0)"), static=True) for name in names]
         readings = reader.read_text(smollm2.tokenizer.encode(text.read())[:512], jobs)
-        uniform, by_layer, by_head = (reader.row(reading) for reading in readings)
-        assert by_head["bits_per_value"] <= uniform["bits_per_value"]
-        assert by_head["kld_mean"] <= by_layer["kld_mean"] <= uniform["kld_mean"]
+        uniform, mine = (reader.row(reading) for reading in readings)
+        assert mine["bits_per_value"] <= uniform["bits_per_value"] == 3.25
+        assert mine["kld_mean"] < 0.95 * uniform["kld_mean"]

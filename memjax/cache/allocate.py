@@ -83,7 +83,7 @@ def _codecs(auto: Auto, members: list[int], policies: Sequence[CachePolicy], spe
 
     What a head costs is what it would cost in a pool of its own, so that pools of several never take more than was reckoned.
     """
-    table = check_sensitivity(auto.file, len(specs))
+    table = check_sensitivity(auto.file, len(specs), by_head=auto.by_head)
     tier, least = "device" if auto.bytes else "history", table.bits[0]
     shares = [_shares(auto, policies[i], specs[i], table.heads) for i in members]  # layers, or their heads
 

@@ -106,7 +106,7 @@ class Auto(KeyValueCodec):
       bits: realised bits per value of the coded history, scales included, at most: the ledger's ``bits_per_value`` over all
         layers that have this policy. 0: as ``bytes`` says.
       bytes: what the whole cache may take on the device, windows and all; 0: as ``bits`` says.
-      file: a sensitivity file; "": the one of smollm2-135m that memjax brings along.
+      file: a sensitivity file; "": the one of smollm2-135m that memjax brings along, by layer or by head.
       by_head: whether each kv head has bits of its own, too, for which the file must have been measured by head.
 
     Raises:
@@ -143,7 +143,7 @@ class Auto(KeyValueCodec):
     values = keys
 
     def check_model(self, layers: int, fingerprint: str) -> None:
-        check_sensitivity(self.file, layers, fingerprint)
+        check_sensitivity(self.file, layers, fingerprint, self.by_head)
 
 
 def byte_count(text: str | int) -> int:

@@ -24,6 +24,12 @@ from memjax import measured
 OPTIONS = (2, 3, 4, 8)  # bits of a code
 _MEASURE = "measure this model with `memjax sensitivity --model MODEL --text-file TEXT --out FILE` and say file=FILE"
 KIND = measured.Kind("sensitivity", 1, "sensitivity_smollm2_135m.json", _MEASURE)
+KIND_BY_HEAD = measured.Kind(
+    "sensitivity",
+    1,
+    "sensitivity_smollm2_135m_by_head.json",
+    _MEASURE.replace("memjax sensitivity", "memjax sensitivity --by-head"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,14 +92,14 @@ def save_sensitivity(path: str | Path, table: Sensitivity) -> None:
     Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def load_sensitivity(path: str | Path = "") -> Sensitivity:
-    """Reads a sensitivity file; "": the one of smollm2-135m that memjax brings along.
+def load_sensitivity(path: str | Path = "", by_head: bool = False) -> Sensitivity:
+    """Reads a sensitivity file; "": the one of smollm2-135m that memjax brings along, by layer or by head.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: a file that is too large, damaged, of another kind or version, or with numbers that no measurement gives.
     """
-    return measured.load(KIND, path, _parse)
+    return measured.load(KIND_BY_HEAD if by_head else KIND, path, _parse)
 
 
 def _parse(record: dict) -> Sensitivity:
@@ -105,17 +111,18 @@ def _parse(record: dict) -> Sensitivity:
     return Sensitivity(str(record["fingerprint"]), int(record["tokens"]), bits, keys, values)
 
 
-def check_sensitivity(path: str, layers: int, fingerprint: str | None = None) -> Sensitivity:
+def check_sensitivity(path: str, layers: int, fingerprint: str | None = None, by_head: bool = False) -> Sensitivity:
     """The table of ``path``, which has to be one of this model.
 
     Args:
       layers: how many the model has.
       fingerprint: the model's; None: not known.
+      by_head: which file "" stands for.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: a file that cannot be read, or of another model.
     """
-    table = load_sensitivity(path)
-    measured.check_model(KIND, path, (table.fingerprint, table.layers), layers, fingerprint)
+    table = load_sensitivity(path, by_head)
+    measured.check_model(KIND_BY_HEAD if by_head else KIND, path, (table.fingerprint, table.layers), layers, fingerprint)
     return table
