@@ -324,8 +324,9 @@ def sensitivity(
     with _bars() as progress:
         task = progress.add_task("compiling", total=lm.config.layers * len(texts))
         ids = [lm.tokenizer.encode(text)[skip:][:tokens] for text in texts]
-        each = lambda done: progress.update(task, advance=1, description=done)  # noqa: E731
-        table = measure_sensitivity(lm, ids, progress=each, by_head=by_head)
+        table = measure_sensitivity(
+            lm, ids, by_head=by_head, progress=lambda done: progress.update(task, advance=1, description=done)
+        )
     save_sensitivity(out, table)
     Console().print(f"Wrote {out} ({table.tokens} tokens, model {table.fingerprint}).")
 

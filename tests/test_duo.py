@@ -216,7 +216,7 @@ def test_pools_on_a_mesh_and_back_from_a_disk(tmp_path):
     assert isinstance(restored, HeadPools)
     assert restored.policy == policy
     jax.tree.map(np.testing.assert_array_equal, restored, alone)
-    with pytest.raises(ValueError, match=r"pools of 3 and 1 kv heads.* do not all divide over the 2 .*multiple=2"):
+    with pytest.raises(ValueError, match=r"pools of 3 and 1 kv heads, which do not all divide over the 2 .*multiple=2"):
         mj.shardings(mj.policy("duo(heads=1101)"), WIDE, MESH)
     assert isinstance(mj.shardings(mj.policy("duo(heads=1101)"), WIDE, MESH, head_axis=None), HeadPools)
 

@@ -195,9 +195,10 @@ def test_bytes_are_a_limit(tiny, whole):
     assert mj.nbytes(small).device == by_count[0] <= limit < by_count[1]
 
 
-def test_a_policy_with_a_limit_in_bytes_reads_the_prompt_whole(tiny):
+@pytest.mark.parametrize("fold", ["", "+massfold"])
+def test_a_policy_with_a_limit_in_bytes_reads_the_prompt_whole(tiny, fold):
     """Unlike an evictor's budget, the limit is spent by ``compress``, not when the cache is made."""
-    rest = f"+int8+protect({SINKS},{RECENT})"
+    rest = f"{fold}+int8+protect({SINKS},{RECENT})"
     by_count = mj.compress(tiny, read(tiny, f"kvcompose(10){rest}"), PROMPTS, room=2)
     limit = mj.nbytes(by_count).device
     cache = read(tiny, f"kvcompose(bytes={limit}){rest}")

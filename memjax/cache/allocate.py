@@ -100,13 +100,14 @@ def _codecs(auto: Auto, members: list[int], policies: Sequence[CachePolicy], spe
     if taken > limit:
         raise ValueError(_too_little(auto, taken, total))
 
+    tables = [side if auto.by_head else side.sum(axis=1, keepdims=True) for side in (table.keys, table.values)]
     divergence, cost = [], []
     for i, layer in zip(members, shares, strict=True):
         for head, share in enumerate(layer):
             base = getattr(ledger(*share), tier)
-            for side, measured in enumerate((table.keys[i], table.values[i])):
+            for side, measured in enumerate(tables):
                 pairs = [(least, b) if side else (b, least) for b in table.bits]
-                divergence.append(measured[head] if auto.by_head else measured.sum(axis=0))
+                divergence.append(measured[i, head])
                 cost.append([getattr(ledger(*share, *pair), tier) - base for pair in pairs])
     chosen = iter([table.bits[option] for option in spend(divergence, cost, limit - taken)])
     return [_joined([layer_codec(next(chosen), next(chosen)) for _ in layer]) for layer in shares]

@@ -67,8 +67,8 @@ def shardings(
 def _check_pools(pools: list[Pool], mesh: Mesh, axis: str | None) -> None:
     sizes, devices = [pool.spec.kv_heads for pool in pools], mesh.shape.get(axis, 1)
     if any(size % devices for size in sizes):
-        policies = dict.fromkeys(pool.policy.codec for pool in pools)
-        remedy = f"say multiple={devices}, or head_axis=None" if len(policies) == 1 else "say head_axis=None"
+        codecs = {pool.policy.codec for pool in pools}
+        remedy = f"say multiple={devices}, or head_axis=None" if len(codecs) == 1 else "say head_axis=None"
         raise ValueError(
             f"a layer has pools of {' and '.join(map(str, sizes))} kv heads, which do not all divide over the {devices} "
             f"devices of axis {axis!r}; {remedy}"

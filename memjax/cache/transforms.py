@@ -214,8 +214,8 @@ def _layer(cache: AnyLayerCache, index: int, transform) -> AnyLayerCache:
     made = pools_of(cache.policy, cache.spec)
     pools = [transform(pool, index, each.part) for pool, each in zip(cache.pools, made, strict=True)]
     before, after = made[0].policy, pools[0].policy  # which is the layer's but for what its heads differ in
-    axes = {name: getattr(after, name) for name in ("codec", "front", "tier", "windows")}
-    policy = dataclasses.replace(cache.policy, **{n: x for n, x in axes.items() if x != getattr(before, n)})
+    changed = [name for name in ("codec", "front", "tier", "windows") if getattr(after, name) != getattr(before, name)]
+    policy = dataclasses.replace(cache.policy, **{name: getattr(after, name) for name in changed})
     made = pools_of(policy, cache.spec)  # the same as if it had been made with it
     pools = [dataclasses.replace(pool, policy=each.policy) for pool, each in zip(pools, made, strict=True)]
     return HeadPools(tuple(pools), policy, cache.spec)

@@ -58,25 +58,19 @@ def measure_sensitivity(
     window = min((spec.window for spec in model.decoder.cache_specs(1, 1) if spec.window), default=max(lengths))
     if max(lengths) > window:
         raise ValueError(f"sensitivity needs texts within the model's sliding window of {window} tokens, got {lengths}")
-    found = [token_divergences(model.decoder, text, tuple(bits), by_head, progress) for text in texts]
+    found = [_divergences(model.decoder, text, tuple(bits), by_head, progress) for text in texts]
     mean = np.maximum(np.concatenate(found, axis=-1).mean(axis=-1), 0.0)  # rounding can leave the least of them below zero
     return Sensitivity(model.fingerprint, sum(lengths), tuple(bits), *np.moveaxis(mean, 1, 0))
 
 
-def token_divergences(
+def _divergences(
     decoder: Decoder,
     text: Sequence[int],
     bits: tuple[int, ...],
     by_head: bool,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | None,
 ) -> Float[np.ndarray, "L 2 K O T"]:
-    """KL divergence of every token where one layer's keys (0) or values (1) are coded, of one kv head or (K = 1) of all.
-
-    For the arguments see ``measure_sensitivity``.
-
-    Raises:
-      FloatingPointError: activations that are not finite.
-    """
+    """KL divergence of every token where one layer's keys (0) or values (1) are coded, of one kv head or (K = 1) of all."""
     specs = decoder.cache_specs(1, len(text), "float32")
     states = [decoder.embed(np.asarray(text, np.int32)[None])]
     for layer in decoder.layers:

@@ -127,7 +127,9 @@ def scores(
     """
     check_attention(model.config, method.name)
     if any(isinstance(layer, HeadPools) for layer in cache):
-        raise ValueError(f"{method.name} scores all heads together, but duo keeps them in pools; read the prompt without it")
+        raise ValueError(
+            f"{method.name} scores all heads together, but duo keeps them in pools, as by_head does; read the prompt without"
+        )
     cache = tuple(commit(layer) if isinstance(layer, LayerCache) else layer for layer in cache)
     held = np.asarray(lengths(cache)).tolist()
     if held != [len(prompt) for prompt in prompts] or min(held) == 0:

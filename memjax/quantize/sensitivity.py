@@ -12,6 +12,7 @@ By head, "keys" and "values" are lists of such lists, one for each kv head.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,10 @@ from memjax import measured
 OPTIONS = (2, 3, 4, 8)  # bits of a code
 _MEASURE = "measure this model with `memjax sensitivity --model MODEL --text-file TEXT --out FILE` and say file=FILE"
 KIND = measured.Kind("sensitivity", 1, "sensitivity_smollm2_135m.json", _MEASURE)
-KIND_BY_HEAD = measured.Kind(
-    "sensitivity",
-    1,
-    "sensitivity_smollm2_135m_by_head.json",
-    _MEASURE.replace("memjax sensitivity", "memjax sensitivity --by-head"),
+_BY_HEAD = dataclasses.replace(
+    KIND,
+    bundled="sensitivity_smollm2_135m_by_head.json",
+    advice=_MEASURE.replace("memjax sensitivity", "memjax sensitivity --by-head"),
 )
 
 
@@ -99,7 +99,11 @@ def load_sensitivity(path: str | Path = "", by_head: bool = False) -> Sensitivit
       FileNotFoundError: no such file.
       ValueError: a file that is too large, damaged, of another kind or version, or with numbers that no measurement gives.
     """
-    return measured.load(KIND_BY_HEAD if by_head else KIND, path, _parse)
+    return measured.load(_kind(by_head), path, _parse)
+
+
+def _kind(by_head: bool) -> measured.Kind:
+    return _BY_HEAD if by_head else KIND
 
 
 def _parse(record: dict) -> Sensitivity:
@@ -124,5 +128,5 @@ def check_sensitivity(path: str, layers: int, fingerprint: str | None = None, by
       ValueError: a file that cannot be read, or of another model.
     """
     table = load_sensitivity(path, by_head)
-    measured.check_model(KIND_BY_HEAD if by_head else KIND, path, (table.fingerprint, table.layers), layers, fingerprint)
+    measured.check_model(_kind(by_head), path, (table.fingerprint, table.layers), layers, fingerprint)
     return table
