@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from memjax.attention.attend import attend_committed, reads_apart
 from memjax.attention.rope import Rope, apply_rope
-from memjax.cache.layer import LayerCache, commit, staged_positions, update
+from memjax.cache.layer import LayerCache, commit, staged_positions, update, written_after
 from memjax.cache.spec import CacheSpec
 from memjax.models.config import LatentConfig
 from memjax.models.norm import RMSNorm
@@ -143,7 +143,7 @@ class LatentAttention(nnx.Module):
             place, at = cache.layout, staged_positions(cache, x.shape[1])
             limits = {"recent": place.recent, "sinks": place.sinks}
             own = self._read_new(queries, latent, at, cache.spec.capacity, cache.staged_count, **limits)
-            before, lse = attend_committed(cache, q)
+            cache, (before, lse) = written_after(cache, attend_committed(cache, q))
             before = self._values(before.astype(x.dtype)).astype(jnp.float32)
             return self._project_out(merge([(before, lse), own])[0].astype(x.dtype)), commit(cache)
         read, cache = through_cache(cache, q, stream, None, lengths, compress_first)

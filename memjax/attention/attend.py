@@ -13,7 +13,7 @@ from memjax.attention.progressive import progressive_attention
 from memjax.attention.quest import page_scores, pages_seen, quest_attention
 from memjax.attention.rope import Rope, apply_rope
 from memjax.cache.encode import fitted
-from memjax.cache.layer import LayerCache, leaving_count, staged_positions
+from memjax.cache.layer import LayerCache, leaving_count, staged_positions, written_after
 from memjax.cache.pools import HeadPools
 from memjax.cache.segment import Segment, bare
 from memjax.cache.share import heads_apart, shared_queries
@@ -91,7 +91,9 @@ def attend(
     if reader.counts is not None:
         cache = dataclasses.replace(cache, refined=cache.refined + reader.counts)
     out = out.reshape(batch, heads, tokens, -1).swapaxes(1, 2)
-    return jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out).astype(q.dtype), cache
+    out = jnp.where(_overflowed(cache)[:, None, None, None], jnp.nan, out).astype(q.dtype)
+    cache, out = written_after(cache, out)
+    return out, cache
 
 
 def reads_apart(cache: LayerCache) -> bool:

@@ -280,6 +280,16 @@ def staged_positions(cache: LayerCache, tokens: int) -> Int[Array, "B T"]:
     return cache.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
 
 
+def written_after[Tree](cache: LayerCache, out: Tree) -> tuple[LayerCache, Tree]:
+    """The same, but what is committed to the cache from here on is written after ``out`` has been found.
+
+    XLA's CPU compiler does not see to that by itself: it copies a whole history that a loop reads before it writes one token
+    to it. The barrier is on the numbers of the slots that are written; on the history it would keep XLA from choosing layouts.
+    """
+    out, length, written = jax.lax.optimization_barrier((out, cache.length, cache.written))
+    return dataclasses.replace(cache, length=length, written=written), out
+
+
 def commit(cache: LayerCache | HeadPools) -> LayerCache | HeadPools:
     """Moves the staged tokens to where they belong: sinks, tail, or, encoded, the history."""
     return commit_all((cache,))[0]
