@@ -76,7 +76,7 @@ def test_scores_are_those_of_a_plain_softmax(tiny, found):
 def test_the_best_tokens_stay_and_any_question_may_follow(tiny, whole, found):
     """Two questions, one compressed cache: what it holds of the prompt is the same."""
     budget = 9
-    small = compress(tiny, whole, PROMPTS, KVzip(budget), room=6, chunk=CHUNK, instruction=INSTRUCTION)
+    small = compress(tiny, whole, PROMPTS, KVzip(budget, across="head"), room=6, chunk=CHUNK, instruction=INSTRUCTION)
     kept = budget - SINKS - RECENT
     for cache, score in zip(small[:3], found[:3], strict=True):
         assert cache.history.slots == kept + 6
@@ -92,6 +92,40 @@ def test_the_best_tokens_stay_and_any_question_may_follow(tiny, whole, found):
         np.testing.assert_array_equal(cache.history.k.data[..., :kept], other.history.k.data[..., :kept])
     assert np.isfinite(answers[0][0]).all()
     assert mj.nbytes(small).history < mj.nbytes(whole).history
+
+
+@pytest.mark.parametrize("across", ["model", "layer"])
+def test_the_best_tokens_of_all_heads_stay(tiny, whole, found, across):
+    """Of all layers, too, up to whole slots per head; each row keeps its own best, as many as its layers have slots."""
+    budget, entered = 4, [len(prompt) - SINKS - RECENT for prompt in PROMPTS]
+    method = KVzip(budget + SINKS + RECENT, across=across)
+    small = compress(tiny, whole, PROMPTS, method, room=6, chunk=CHUNK, instruction=INSTRUCTION)
+    every = [np.stack([np.asarray(layer[row, :, :n]) for layer in found[:3]]) for row, n in enumerate(entered)]
+    best = [row >= np.sort(row, axis=None)[-3 * 2 * budget] for row in every]
+    wanted = np.mean([row.sum((1, 2)) for row in best], axis=0) / 2 if across == "model" else np.full(3, budget)
+    assert all(cache.shared for cache in small[:3])
+    slots = np.array([cache.history.slots // 2 - 6 for cache in small[:3]])
+    assert slots.sum() == 3 * budget
+    assert (abs(slots - wanted) < 1).all()
+    assert (len(set(slots.tolist())) > 1) == (across == "model")
+    for i, (cache, score) in enumerate(zip(small[:3], every[0], strict=True)):
+        pos, owner = (np.asarray(x)[0, 0] for x in (cache.history.pos, cache.history.owner))
+        kept = {(int(o), int(p) - SINKS) for o, p in zip(owner, pos, strict=True) if p >= 0}
+        order = np.argsort(-score, axis=None, kind="stable")[: 2 * slots[i]]
+        assert kept == set(zip(*(x.tolist() for x in np.unravel_index(order, score.shape)), strict=True))
+    assert small[3].history.slots == whole[3].history.slots
+    answer = quick_jit(mj.prefill)(tiny.decoder, small, np.full((2, 4), 3, np.int32))
+    assert np.isfinite(answer[0]).all()
+
+
+def test_rows_that_fit_whole_do_not_share_out_the_layers():
+    rng = np.random.default_rng(0)
+    scores = [rng.random((2, 2, 12)) * scale for scale in (1.0, 0.5)]
+    both = KVzip(6).counts(scores, np.array([12, 3]), 4)
+    alone = KVzip(6).counts([score[:1] for score in scores], np.array([12]), 4)
+    for pair, one in zip(both, alone, strict=True):
+        assert pair[0].tolist() == one[0].tolist()
+        assert pair[1].tolist() == [3, 3] or pair[0].sum() < 6
 
 
 def test_a_budget_of_all_changes_no_answer(tiny, whole):

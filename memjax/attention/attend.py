@@ -168,6 +168,7 @@ def _overflowed(cache: LayerCache) -> Array:
     if cache.layout.ring:
         return jnp.zeros_like(cache.length, bool)
     slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
+    slots //= cache.spec.kv_heads if cache.shared else 1
     slots = max(slots, cache.layout.slots if cache.host else 0)
     if cache.history is not None and cache.history.pos is None:  # the last page may be longer than the capacity asks for
         place = cache.layout
@@ -275,7 +276,7 @@ class Reader:
                 found[name] = observer.score(Look(logits, lse, weights, out, functools.partial(self._values, segment)))
                 at += segment.slots
         if "history" in self.logits:
-            if cache.layout.shared:
+            if cache.shared:
                 lse, weights = lse.reshape(lse.shape[0], 1, -1), jnp.tile(weights, (1, lse.shape[1]))
             found["history"] = observer.score(Look(self.logits["history"], lse, weights, out, self._history_values))
         return found
@@ -353,7 +354,7 @@ class Reader:
         else:
             observer = cache.layout.observer
             keep = "" if observer is not None and not observer.history else "history"
-            read = self._shared_part if cache.layout.shared else self._history_part
+            read = self._shared_part if cache.shared else self._history_part
             parts = [read(q, centre, keep)]
         if cache.rest is not None:
             parts.append(self._attend(q, cache.rest, cache.rest.pos, self.kernels, centre=centre))
@@ -372,7 +373,7 @@ class Reader:
         q, owners = shared_queries(q, history.owner, self.spec.attention_scale)
         if centre is not None:
             centre = Centre(centre.weights.reshape(*q.shape[:3], -1), centre.inv_freq)
-        pool = dataclasses.replace(bare(history), extra=owners)
+        pool = dataclasses.replace(bare(history), extra=owners, bias=history.bias)
         return heads_apart(*self._attend(q, pool, history.pos, self.kernels, centre=centre, keep=keep), heads)
 
     def _progressive_part(self, q: Array, centre: Centre | None, others: list):

@@ -29,7 +29,7 @@ from memjax.cache.encode import decode_keys, encode, encode_in_two, fit_codec, f
 from memjax.cache.layout import Layout, layout
 from memjax.cache.pools import HeadPools, Part
 from memjax.cache.segment import Segment, bare, cast
-from memjax.cache.share import admit_shared
+from memjax.cache.share import admit_shared, append
 from memjax.cache.slots import beside, order_in_ring, take, write, write_ring
 from memjax.cache.spec import CacheSpec, check_new_tokens
 from memjax.evict.expected_attention import Moments, expected_logits, mean_rotation, no_moments
@@ -109,6 +109,12 @@ class LayerCache:
     def observed(self) -> bool:
         """Whether attention gives scores to tokens."""
         return self.layout.observer is not None
+
+
+    @property
+    def shared(self) -> bool:
+        """Whether the kv heads share the slots of the history."""
+        return self.history is not None and self.history.owner is not None
 
 
 def layer_caches(cache) -> list[LayerCache]:
@@ -399,6 +405,7 @@ def _write_history(
         shape = (spec.batch, spec.kv_heads, position.shape[1])
         bias = None if cache.history.bias is None else jnp.zeros(shape, jnp.float32)
         stored = dataclasses.replace(stored, pos=jnp.broadcast_to(position[:, None], shape), bias=bias)
+        put = append if cache.shared else put
     history = put(cache.history, stored, written, count)
     if cache.host is None:
         return Kept(history, None, None, bounds_after(cache, history, position.shape[1], written + count))

@@ -76,7 +76,7 @@ def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
     )
     device, host, basis = _size((cache.history, cache.rest, cache.bounds)), _size(cache.host), _size(cache.basis)
     slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
-    slots //= cache.spec.kv_heads if cache.layout.shared else 1
+    slots //= cache.spec.kv_heads if cache.shared else 1
     slots += 0 if cache.host is None else cache.layout.host_slots
     return Bytes(
         device=windows + basis + counters + device,

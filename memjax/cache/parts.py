@@ -216,9 +216,9 @@ def expected_attention(
     return CachePolicy(evictor=ExpectedAttention(budget, fraction, horizon, epsilon, bytes=byte_count(bytes)))
 
 
-def kvzip(budget: int = 0, fraction: float = 0.0, bytes: str | int = "") -> CachePolicy:
+def kvzip(budget: int = 0, fraction: float = 0.0, across: str = "model", bytes: str | int = "") -> CachePolicy:
     """What a repetition of the prompt looks at, see ``memjax.evict.kvzip``; a fraction of the prompt, here and below."""
-    return CachePolicy(evictor=KVzip(budget, fraction, bytes=byte_count(bytes)))
+    return CachePolicy(evictor=KVzip(budget, fraction, across, bytes=byte_count(bytes)))
 
 
 def kvcompose(budget: int = 0, fraction: float = 0.0, bytes: str | int = "") -> CachePolicy:

@@ -22,6 +22,7 @@ from memjax.cache.layer import LayerCache, commit, init_layer
 from memjax.cache.layer import update as _update
 from memjax.cache.pools import HeadPools, pools_of
 from memjax.cache.recurrent import RecurrentCache, init_recurrent
+from memjax.cache.share import check_shared
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec, check_integers
 from memjax.evict import AdaKV, Budgeted, Duo, Evictor, MassFold, Quest, Rereading, Streaming
 from memjax.offload import HostTier
@@ -169,6 +170,8 @@ class CachePolicy:
             raise ValueError(f"{self}: massfold merges values of one stream, and {self.codec.name} stores two")
         if self.evictor is not None:
             self.evictor.validate(spec)
+            if self.evictor.shares_slots:
+                check_shared(spec, self.codec, f"in {self}, {self.evictor.apart}")
         if self.fold is not None and spec.latent_dim is not None:
             raise ValueError(f"{self}: massfold changes values and leaves keys, but a latent stream has one vector for both")
         if isinstance(self.evictor, Budgeted):
@@ -187,14 +190,8 @@ class CachePolicy:
 
     def _check_budget(self, spec: CacheSpec) -> None:
         tokens = self.evictor.tokens(spec.capacity)
-        if isinstance(self.evictor, AdaKV) and (self.fold is not None or self.codec.two_streams):
-            what = "massfold" if self.fold is not None else self.codec.name
-            raise ValueError(f"{self}: heads that share their slots cannot be joined with {what}; use snapkv")
-        if isinstance(self.evictor, AdaKV) and (spec.softcap is not None or spec.kv_heads > 127):
-            raise ValueError(
-                f"{self}: heads that share their slots are told apart in the logits, without a softcap (this layer's is "
-                f"{spec.softcap}) and up to 127 of them (it has {spec.kv_heads}); use snapkv({self.evictor.budget})"
-            )
+        if isinstance(self.evictor, AdaKV) and self.fold is not None:
+            raise ValueError(f"{self}: heads that share their slots cannot be joined with massfold; use snapkv")
         if tokens < spec.capacity:
             self._check_choice(tokens)
 

@@ -53,7 +53,7 @@ def shardings(
 
     def place(path, leaf) -> NamedSharding:
         names = [getattr(key, "name", None) for key in path]
-        shared = names[0] == "history" and cache.layout.shared
+        shared = names[0] == "history" and cache.shared
         on_heads = heads is not None and leaf.ndim >= 3 and "conv" not in names and not shared
         rows = None if names[0] == "basis" and leaf.shape[0] != spec.batch else batch_axis  # a calibrated basis serves all
         axes = (rows, head_axis) if on_heads else (rows,)

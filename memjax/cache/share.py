@@ -1,7 +1,9 @@
-"""One pool of slots for all kv heads of a layer, each slot owned by a head: how tokens of all of them compete for it.
+"""One pool of slots for all kv heads of a layer, each slot owned by a head: heads may keep different numbers of tokens.
 
-The heads of a segment [B, K, .., T] are laid side by side, [B, 1, .., K T], with ``owner`` int8 [B, 1, K T].
-``memjax.evict.adakv`` is the method; attention over such a pool is ``shared_queries``' matter.
+The heads of a segment [B, K, .., T] are laid side by side, token by token, [B, 1, .., T K], with ``owner`` int8 [B, 1, T K].
+``memjax.evict.adakv`` lets the tokens of all heads compete for the slots as they come. After ``memjax.cache.transforms.evict``
+with a number for each head, as for ``kvzip``, new tokens are written behind those that stay. Attention over such a pool is
+``shared_queries``' matter.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from memjax.cache.admit import ordered
-from memjax.cache.slots import beside, take, top_slots
+from memjax.cache.slots import beside, take, top_slots, write
+from memjax.cache.spec import CacheSpec
 from memjax.evict import AdaKV
 from memjax.evict.evictor import Candidates
 from memjax.pallas_kernels.codes import Codes, dense
@@ -22,6 +25,7 @@ from memjax.pallas_kernels.slots import FREE
 
 if TYPE_CHECKING:
     from memjax.cache.segment import Segment
+    from memjax.quantize.codec import KeyValueCodec
 
 APART = 2.0**14  # by which logits of other heads' slots are lower: float32 and bfloat16 hold it, exp of it is 0
 
@@ -50,12 +54,36 @@ def side_by_side(segment: Segment) -> Segment:
     heads, tokens = segment.pos.shape[1:]
 
     def join(leaf: Array) -> Array:
-        leaf = jnp.moveaxis(leaf, 1, -2)
+        leaf = jnp.moveaxis(leaf, 1, -1)
         return leaf.reshape(leaf.shape[0], 1, *leaf.shape[1:-2], -1)
 
-    owner = jnp.repeat(jnp.arange(heads, dtype=jnp.int8), tokens)
+    owner = jnp.tile(jnp.arange(heads, dtype=jnp.int8), tokens)
     joined = jax.tree.map(join, dataclasses.replace(segment, owner=None))
     return dataclasses.replace(joined, owner=jnp.broadcast_to(owner, joined.pos.shape))
+
+
+def pooled(segment: Segment, slots: int) -> Segment:
+    """The tokens of a segment, whose heads have different numbers of them, in the first of ``slots`` slots for all heads."""
+    joined = side_by_side(segment)
+    return take(joined, jnp.argsort(joined.pos < 0, axis=-1)[..., :slots])
+
+
+def append(history: Segment, new: Segment, written: Int[Array, "B"], count: Int[Array, "B"]) -> Segment:
+    """A pool with new tokens of all heads, leaves [B, K, .., T], ``count`` of each row, behind ``written`` slots per head."""
+    heads = new.pos.shape[1]
+    return write(history, side_by_side(new), written * heads, count * heads)
+
+
+def check_shared(spec: CacheSpec, codec: KeyValueCodec, remedy: str) -> None:
+    """Raises ValueError if the heads of a layer cannot share slots."""
+    if spec.latent_dim is not None or codec.two_streams:
+        what = "a latent stream" if spec.latent_dim is not None else codec.name
+        raise ValueError(f"heads that share their slots cannot be joined with {what}; {remedy}")
+    if spec.softcap is not None or spec.kv_heads > 127:
+        raise ValueError(
+            f"heads that share their slots are told apart in the logits, without a softcap (this layer's is {spec.softcap}) "
+            f"and up to 127 of them (it has {spec.kv_heads}); {remedy}"
+        )
 
 
 def with_floor(

@@ -11,7 +11,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from memjax.attention.attend import history_positions, host_positions
 from memjax.cache.bounds import bounds_of
@@ -21,8 +22,9 @@ from memjax.cache.policy import AnyLayerCache, CachePolicy, ModelCache
 from memjax.cache.pools import HeadPools, Part, pools_of
 from memjax.cache.recurrent import RecurrentCache
 from memjax.cache.segment import Segment
+from memjax.cache.share import check_shared, pooled
 from memjax.cache.slots import pad, take
-from memjax.evict.massfold import Fates, fold_all
+from memjax.evict.massfold import Fates, fold_all, only
 from memjax.offload import HostTier, pool
 from memjax.pallas_kernels.slots import FREE, positions
 from memjax.quantize import Dense, FrontEnd, KeyValueCodec
@@ -54,7 +56,7 @@ def _quantize(
         raise ValueError(f"quantize starts from a dense history, but this one is {cache.policy.codec.name} already")
     if codec.tile > 1:
         raise ValueError(f"{codec.name} codes tiles of {codec.tile} tokens: make the cache with it instead")
-    if cache.layout.shared:
+    if cache.shared:
         raise ValueError(f"quantize cannot sort out slots that heads share ({cache.policy}): make the cache with the codec")
     cache, spec = commit(cache), cache.spec
     policy = dataclasses.replace(cache.policy, codec=codec, front=front, windows=cache.policy.resolved_windows())
@@ -92,7 +94,10 @@ def _check_pages(transform: str, codec: KeyValueCodec, slots: int) -> None:
 
 
 def evict(
-    cache: OneOrAll, scores: Float[Array, "B K S"] | Sequence[Float[Array, "B K S"]], budget: int, room: int = 0
+    cache: OneOrAll,
+    scores: Float[Array, "B K S"] | Sequence[Float[Array, "B K S"]],
+    budget: int | Int[np.ndarray, "B K"],
+    room: int = 0,
 ) -> OneOrAll:
     """Keeps the ``budget`` highest-scored tokens of the history per kv head, in text order, with their positions.
 
@@ -102,11 +107,14 @@ def evict(
     Args:
       scores: higher is kept; one per history slot, [B, K, S] ([B, 1, S]: the same for all heads). For a model's caches one
         array per attention layer. Free slots lose against any token.
-      budget: tokens kept per kv head, 1 <= budget <= S. Rows with fewer tokens keep all and have free slots.
+      budget: tokens kept per kv head, 1 <= budget <= S. Rows with fewer tokens keep all and have free slots. Or, in numpy,
+        a number for each head of each row, 0 <= number <= S: the heads of a layer share slots from then on, as with
+        ``adakv``, as many as the row that keeps most needs, rounded up to whole slots per head.
       room: free slots after them, for tokens still to come.
 
     Raises:
-      ValueError: a budget outside 1..S, negative room, scores of another shape, a history in a ring or on a host tier.
+      ValueError: a budget outside 1..S, negative room, scores or budgets of another shape, a history in a ring or on a host
+        tier, heads that cannot share slots (``memjax.cache.share.check_shared``) or do already.
     """
     if isinstance(cache, LayerCache):
         return _evict(cache, scores, budget, room)
@@ -121,33 +129,50 @@ def evict(
     return _each(cache, lambda layer, *_: _evict(layer, next(remaining), budget, room))
 
 
-def _evict(cache: LayerCache, scores: Array, budget: int, room: int) -> LayerCache:
-    cache = commit(cache)
+def _evict(cache: LayerCache, scores: Array, budget: int | np.ndarray, room: int) -> LayerCache:
+    cache, shape = commit(cache), (cache.spec.batch, cache.spec.kv_heads)
+    shares = np.ndim(budget) > 0
+    counts = np.asarray(budget) if shares else np.full(shape, budget)
+    if counts.shape != shape:
+        raise ValueError(f"evict needs one budget or those of batch and kv heads, {list(shape)}, got {list(counts.shape)}")
+    most = int(counts.max())
     if cache.history is None or cache.host is not None or cache.layout.ring:
         raise ValueError(f"evict needs a whole history on the device, but policy {cache.policy} keeps none; evict first")
     if cache.layout.tile > 1:
         raise ValueError(f"evict cannot take single tokens out of {cache.policy.codec.name}'s tiles; evict first")
+    if cache.shared:
+        raise ValueError(f"evict cannot sort out slots that heads share ({cache.policy}); evict once")
+    if shares:
+        check_shared(cache.spec, cache.policy.codec, "give evict one budget for all of them")
     if cache.bounds is not None:
         raise ValueError(f"evict would scatter the tokens of {cache.policy.evictor.name}'s pages; make the cache without it")
     slots, heads = cache.history.slots, cache.spec.kv_heads
-    _check_pages("evict", cache.policy.codec, budget + room)
-    if not 1 <= budget <= slots or room < 0:
-        raise ValueError(f"evict needs 1 <= budget <= {slots} history slots and room >= 0, got {budget} and {room}")
+    _check_pages("evict", cache.policy.codec, most + room)
+    if not 1 <= most <= slots or counts.min() < 0 or room < 0:
+        raise ValueError(
+            f"evict needs 1 <= budget <= {slots} history slots and room >= 0, got {counts.min()} to {most} and {room}"
+        )
     if scores.shape not in [(cache.spec.batch, h, slots) for h in (1, heads)]:
         raise ValueError(f"evict needs scores [batch, kv_heads or 1, {slots}], got {list(scores.shape)}")
     pos = jnp.broadcast_to(positions(history_positions(cache), slots), (cache.spec.batch, heads, slots))
     order = _by_rank(jnp.broadcast_to(scores, pos.shape), pos >= 0)
-    chosen = jnp.sort(order[..., :budget], axis=-1)
-    # A row that has lost tokens to an overflow must stay one: more written than there are slots.
-    kept = jnp.where(cache.written > slots, budget + room + 1, jnp.minimum(cache.written, budget))
+    stays = jnp.argsort(order, axis=-1) < counts[..., None]
+    chosen = jnp.argsort(~stays, axis=-1)[..., :most]
+    written = jnp.minimum(cache.written[:, None], counts)
 
     everyone = dataclasses.replace(cache.history, pos=jnp.maximum(pos, FREE))
-    if cache.policy.fold is not None and budget < slots:
-        history = _folded(cache, everyone, Fates(chosen, order[..., budget:]))
+    if cache.policy.fold is not None and counts.min() < slots:
+        history = _folded(cache, everyone, Fates(chosen, order[..., counts.min() :]), stays)
     else:
-        history = take(everyone, chosen)
-    pos = pad(history.pos, room, FREE)
-    return dataclasses.replace(cache, history=dataclasses.replace(pad(history, room), pos=pos), written=kept)
+        history = take(only(everyone, stays), chosen)
+    kept, spare, filled = most, room, written[:, 0]
+    if shares:
+        kept, spare, filled = -(-int(counts.sum(1).max()) // heads), room * heads, -(-jnp.sum(written, axis=1) // heads)
+        history = pooled(history, kept * heads)
+    # A row that has lost tokens to an overflow must stay one: more written than there are slots.
+    filled = jnp.where(cache.written > slots, kept + room + 1, filled)
+    pos = pad(history.pos, spare, FREE)
+    return dataclasses.replace(cache, history=dataclasses.replace(pad(history, spare), pos=pos), written=filled)
 
 
 def _by_rank(scores: Array, filled: Array) -> Array:
@@ -156,11 +181,11 @@ def _by_rank(scores: Array, filled: Array) -> Array:
     return jnp.lexsort((-scores, ~filled), axis=-1)
 
 
-def _folded(cache: LayerCache, everyone: Segment, fates: Fates) -> Segment:
+def _folded(cache: LayerCache, everyone: Segment, fates: Fates, stays: Array) -> Segment:
     codec, position = cache.policy.codec, jnp.maximum(everyone.pos, 0)
     bias = jnp.zeros(position.shape, jnp.float32) if everyone.bias is None else everyone.bias
     keys = decode_keys(everyone.k, position, codec, cache.basis, cache.spec)
-    return fold_all(dataclasses.replace(everyone, bias=bias), fates, keys, fitted(codec, cache.basis)[1])
+    return fold_all(dataclasses.replace(everyone, bias=bias), fates, stays, keys, fitted(codec, cache.basis)[1])
 
 
 def offload(cache: OneOrAll, tier: HostTier | CachePolicy) -> OneOrAll:

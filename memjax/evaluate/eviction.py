@@ -56,6 +56,7 @@ METHODS = (
     "knorm({budget})",
     "keydiff({budget})",
     "kvzip({budget})",
+    "kvzip({budget},across=head)",
     "kvcompose({budget})",
     "duo({share})",
     "streaming(4,{window})+int8",

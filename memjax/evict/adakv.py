@@ -40,12 +40,17 @@ class AdaKV(SnapKV):
 
     name: ClassVar[str] = "adakv"
     joint: ClassVar[bool] = True
+    apart: ClassVar[str] = "use snapkv"
     alpha: float = 0.2
 
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
             raise ValueError(f"adakv needs alpha between 0 and 1, got {self.alpha!r}")
+
+    @property
+    def shares_slots(self) -> bool:
+        return True
 
     def floor(self, slots: int) -> int:
         """Tokens that each head keeps at least, where ``slots`` is the mean."""

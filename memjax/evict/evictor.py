@@ -38,6 +38,12 @@ class Evictor:
 
     name: ClassVar[str] = "evictor"
     joint: ClassVar[bool] = False  # whether a layer's heads decide together
+    apart: ClassVar[str] = ""  # what to use instead where heads cannot share slots
+
+    @property
+    def shares_slots(self) -> bool:
+        """Whether the heads of a layer share its slots, since each keeps as many tokens as it likes."""
+        return False
 
     def validate(self, spec: CacheSpec) -> None:
         """Raises ValueError if the evictor cannot serve ``spec``, with the reason."""

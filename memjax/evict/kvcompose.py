@@ -37,7 +37,9 @@ class KVCompose(Rereading):
         own = jnp.mean(attention, axis=2)
         return own + jnp.mean(own, axis=1, keepdims=True)
 
-    def counts(self, scores: Sequence[Float[Array, "B K S"]], written: int, budget: int) -> list[int]:
-        composite = np.stack([np.asarray(-jnp.sort(-score, axis=-1).mean((0, 1)))[:written] for score in scores])
+    def counts(
+        self, scores: Sequence[Float[Array, "B K S"]], written: Int[np.ndarray, "B"], budget: int
+    ) -> list[int]:
+        composite = np.stack([np.asarray(-jnp.sort(-score, axis=-1).mean((0, 1)))[: written.max()] for score in scores])
         composite[0] = composite.max(axis=0)
         return composite_counts(composite, budget * len(scores))

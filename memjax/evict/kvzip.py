@@ -7,31 +7,61 @@ before it, as if the model had written that: queries come from a forward pass ov
 the scores runs over the first four tokens, the chunk and the repetition up to the query; the first four tokens get score 1. No
 question is asked, so one compressed cache serves all that come; it costs two to three times the prefill.
 
-Deviation: every kv head of every layer keeps equally many tokens. The paper takes the best over all layers and heads, which
-leaves numbers that differ from head to head; those save memory only where every head has pages of its own. Protected tokens,
-the cache's sinks and tail, stay and count into the budget. Later chunks follow the same instruction as the first.
+The best tokens of all heads of all layers stay, as in the paper, and the bytes are real: the heads of a layer share its
+slots, as with ``adakv``, at whose price in compute, and a layer has as many slots as its heads need. Their number depends on
+the text, so a step is compiled anew for every prompt; ``across="layer"`` gives all layers equally many, so that heads compete
+with those of their layer and shapes do not depend on the text. ``across="head"`` keeps equally many tokens of every head,
+costs no compute, goes with everything, and loses far more (benchmarks/results/evict_keys.md).
+
+Deviations: in a batch each layer's slots are the mean over its rows of what each would take, rows that fit whole apart. A
+layer keeps one slot per head at least. Protected tokens, the cache's sinks and tail, stay in every head and count into the
+budget. Later chunks follow the same instruction as the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.evict.rereading import Rereading
 
 FIRST_TOKENS = 4
+ACROSS = ("model", "layer", "head")
 
 
 @dataclass(frozen=True)
 class KVzip(Rereading):
-    """Keeps what the repetition of the prompt looks at most."""
+    """Keeps what the repetition of the prompt looks at most.
+
+    Args:
+      across: what tokens compete across for the budget: "model", "layer" or "head".
+
+    Raises:
+      ValueError: as ``Limited``; another word for ``across``.
+
+    >>> KVzip(256).shares_slots, KVzip(256, across="head").shares_slots
+    (True, False)
+    """
 
     name: ClassVar[str] = "kvzip"
     instruction: ClassVar[str] = "Repeat the previous context exactly."
     preceding: ClassVar[int] = 8
+    apart: ClassVar[str] = "say across=head"
+    across: str = "model"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.across not in ACROSS:
+            raise ValueError(f"kvzip lets tokens compete across {', '.join(ACROSS)}, one of them, got across={self.across!r}")
+
+    @property
+    def shares_slots(self) -> bool:
+        return self.across != "head"
 
     def sees(
         self, pos: Int[Array, "B 1|K S"], begin: Int[Array, "B"], end: Int[Array, "B"], again: Int[Array, "B"]
@@ -40,3 +70,42 @@ class KVzip(Rereading):
 
     def scores(self, attention: Float[Array, "B K G S"], pos: Int[Array, "S"]) -> Float[Array, "B K S"]:
         return jnp.where(pos < FIRST_TOKENS, 1.0, jnp.max(attention, axis=2))
+
+    def counts(
+        self, scores: Sequence[Float[Array, "B K S"]], written: Int[np.ndarray, "B"], budget: int
+    ) -> list[int] | list[Int[np.ndarray, "B K"]]:
+        if self.across == "head":
+            return super().counts(scores, written, budget)
+        every = np.stack([np.asarray(score) for score in scores], axis=1)  # [B, L, K, S]
+        every = [row[..., :count] for row, count in zip(every, written, strict=True)]
+        layers, heads = every[0].shape[:2]
+        each = np.full(layers, budget)
+        if self.across == "model":
+            long = [row for row, count in zip(every, written, strict=True) if count > budget]
+            needed = np.mean([best_counts(row, layers * heads * budget).sum(1) for row in long], axis=0)
+            each = whole_numbers(needed / heads, layers * budget)
+        return [np.stack([best_counts(row[i], heads * each[i]) for row in every]) for i in range(layers)]
+
+
+def best_counts(scores: Float[np.ndarray, "... n"], total: int) -> Int[np.ndarray, "..."]:
+    """How many of the ``total`` best scores each row has; of equal ones the first count.
+
+    >>> best_counts(np.array([[9.0, 4.0, 1.0], [5.0, 2.0, 0.0]]), 3)
+    array([2, 1])
+    """
+    best = np.zeros(scores.size, bool)
+    best[np.argsort(-scores, axis=None, kind="stable")[:total]] = True
+    return best.reshape(scores.shape).sum(-1)
+
+
+def whole_numbers(parts: Float[np.ndarray, "L"], total: int) -> Int[np.ndarray, "L"]:
+    """Whole numbers of the given sum, none below 1, near to ``parts`` of the same sum.
+
+    >>> whole_numbers(np.array([2.6, 0.1, 3.3]), 6)
+    array([2, 1, 3])
+    """
+    found = np.maximum(np.floor(parts).astype(int), 1)
+    while found.sum() != total:
+        step = 1 if found.sum() < total else -1
+        found[np.argmax(step * (parts - found) - np.where((found == 1) & (step < 0), np.inf, 0))] += step
+    return found

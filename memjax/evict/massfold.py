@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax.cache.slots import beside, pad, take, write_at
+from memjax.pallas_kernels.slots import FREE
 
 if TYPE_CHECKING:
     from memjax.cache.segment import Segment
@@ -107,13 +108,21 @@ def fold(
     return _put(kept, merged, jnp.where(folds, near, kept.slots))
 
 
-def fold_all(everyone: Segment, fates: Fates, keys: Float[Array, "B K H C"], values: Codec) -> Segment:
-    """The candidates that stay, with all that go folded into them, however many: a block after the other."""
-    kept, slots = take(everyone, fates.stay), fates.stay.shape[-1]
+def fold_all(
+    everyone: Segment, fates: Fates, stays: Bool[Array, "B K C"], keys: Float[Array, "B K H C"], values: Codec
+) -> Segment:
+    """The candidates that stay, with all that go folded into them, however many: a block after the other.
+
+    Args:
+      everyone, keys, values: as for ``fold``.
+      fates: where heads keep different numbers, as many as the one that keeps most and the one that lets most go.
+      stays: which of them do stay; the others leave free slots.
+    """
+    kept, slots = take(only(everyone, stays), fates.stay), fates.stay.shape[-1]
     blocks = -(-fates.go.shape[-1] // _AT_ONCE)
     room = blocks * _AT_ONCE - fates.go.shape[-1]
     going = pad((take(everyone, fates.go), take(keys, fates.go)), room)
-    there = pad(take(everyone.pos, fates.go) >= 0, room)
+    there = pad(take(only(everyone, ~stays).pos, fates.go) >= 0, room)
     order = jnp.broadcast_to(jnp.arange(slots + _AT_ONCE, dtype=jnp.int32), (*there.shape[:2], slots + _AT_ONCE))
     own, among = take(keys, fates.stay), Fates(order[..., :slots], order[..., slots:])
 
@@ -124,6 +133,11 @@ def fold_all(everyone: Segment, fates: Fates, keys: Float[Array, "B K H C"], val
 
     split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:-1], blocks, _AT_ONCE), -2, 0)  # noqa: E731
     return jax.lax.scan(step, kept, jax.tree.map(split, (going, there)))[0]
+
+
+def only(segment: Segment, real: Bool[Array, "B K S"]) -> Segment:
+    """With free slots where something is that does not count."""
+    return dataclasses.replace(segment, pos=jnp.where(real, segment.pos, FREE))
 
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)

@@ -55,8 +55,14 @@ class Rereading(Limited):
         """What is compared, from the most attention that each query head has given to the tokens at ``pos``."""
         raise NotImplementedError
 
-    def counts(self, scores: Sequence[Float[Array, "B K S"]], written: int, budget: int) -> list[int]:
-        """Tokens that each layer keeps, where ``budget`` is the mean, below ``written``, what the longest row has."""
+    def counts(
+        self, scores: Sequence[Float[Array, "B K S"]], written: Int[np.ndarray, "B"], budget: int
+    ) -> list[int] | list[Int[np.ndarray, "B K"]]:
+        """How many tokens each layer keeps per head, or each of its heads in each row, as ``evict`` takes it.
+
+        Args:
+          written: tokens of each row, the largest number above ``budget``, which is the mean over layers.
+        """
         del written
         return [budget] * len(scores)
 

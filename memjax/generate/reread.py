@@ -82,7 +82,8 @@ def compress(
             f"{method.name}'s budget of {budget} tokens leaves none to choose besides the {protected} protected ones"
         )
     found = scores(model, cache, prompts, method, chunk=chunk, instruction=instruction)
-    counts = method.counts([found[i] for i in chosen], longest - protected, budget - protected)
+    written = np.asarray([max(len(prompt) - protected, 0) for prompt in prompts])
+    counts = method.counts([found[i] for i in chosen], written, budget - protected)
     smaller = dict(zip(chosen, counts, strict=True))
     return tuple(evict(layer, found[i], smaller[i], room) if i in smaller else layer for i, layer in enumerate(cache))
 
@@ -102,8 +103,8 @@ def _affordable(method: Rereading, cache: ModelCache, chosen: list[int], protect
     """Tokens per head within the method's limit in bytes of the whole cache."""
     layers = [cache[i] for i in chosen]
     history = sum(nbytes(layer).history for layer in layers)
-    # Positions come to what a slot holds, and biases where tokens are folded.
-    more = 4 * (1 if layers[0].policy.fold is None else 2)
+    # Positions come to what a slot holds, biases where tokens are folded, and owners where heads share slots.
+    more = 4 * (1 if layers[0].policy.fold is None else 2) + method.shares_slots
     slot = sum(nbytes(layer).history / layer.history.slots + more * layer.spec.batch * layer.spec.kv_heads for layer in layers)
     return protected + int((method.bytes - (nbytes(cache).device - history)) // slot) - room
 
