@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,6 +224,7 @@ def evaluate(
     depth: Annotated[list[float] | None, typer.Option(help="evict: where a key is hidden, 0 to 1. May be repeated.")] = None,
     continuation: Annotated[int | None, typer.Option(help="evict: tokens behind the text, measured; default: 256.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here, for reading.")] = None,
+    resume: Annotated[bool, typer.Option(help="evict: measure only what is not in the file of --json yet.")] = False,
 ) -> None:
     """Run a suite: quality with intervals beside realised bytes, pass keys, and samples, for each policy."""
     from memjax.evaluate.markdown import evaluation_markdown
@@ -231,14 +234,14 @@ def evaluate(
 
     _check_targets(json_file, plot_file)
     _check_targets(markdown_file, None)
-    only = {"--fraction": fraction, "--depth": depth, "--continuation": continuation}
+    only = {"--fraction": fraction, "--depth": depth, "--continuation": continuation, "--resume": resume}
     if suite == "evict":
         if setting != "both" or sample:
             raise ValueError("the suite evict has no --setting and no --sample: it reads as in use and asks for keys")
         options = {"methods": policy, "fractions": fraction, "depths": depth if retrieval else (), "tokens": tokens}
         options |= {"chunk": chunk, "continuation": continuation, "cache_dtype": cache_dtype}
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if v not in (None, [])}
-        _evaluate_eviction(model, given, json_file, plot_file, markdown_file)
+        _evaluate_eviction(model, given, json_file, plot_file, markdown_file, resume)
         return
     if foreign := [option for option, value in only.items() if value]:
         raise ValueError(f"{foreign[0]} belongs to the suite evict, got --suite {suite}")
@@ -263,20 +266,23 @@ def evaluate(
 
 
 def _evaluate_eviction(
-    model: str, options: dict, json_file: Path | None, plot_file: Path | None, markdown_file: Path | None
+    model: str, options: dict, json_file: Path | None, plot_file: Path | None, markdown_file: Path | None, resume: bool
 ) -> None:
     from memjax.evaluate.eviction import EvictionEvaluation, evaluate_eviction
     from memjax.evaluate.eviction_report import eviction_markdown, eviction_plot, eviction_table
     from memjax.evaluate.report import save_json
 
-    wanted = EvictionEvaluation(**options)
+    wanted, known = EvictionEvaluation(**options), None
+    if resume:
+        if json_file is None or not json_file.exists():
+            raise ValueError(f"--resume goes on with the results in --json FILE, got {json_file or 'none'}")
+        known = json.loads(json_file.read_text(encoding="utf-8"))
+    keep = None if json_file is None else functools.partial(save_json, path=json_file)
     lm = _load(model)
     with _bars() as progress:
         task = progress.add_task("reading", total=wanted.steps())
-        result = evaluate_eviction(lm, wanted, lambda done: progress.update(task, advance=1, description=done))
+        result = evaluate_eviction(lm, wanted, lambda done: progress.update(task, advance=1, description=done), known, keep)
     _console().print(eviction_table(result))
-    if json_file is not None:
-        save_json(result, json_file)
     if plot_file is not None:
         eviction_plot(result, plot_file)
     if markdown_file is not None:

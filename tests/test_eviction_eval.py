@@ -21,6 +21,7 @@ from memjax.evaluate.eviction import (
     EvictionEvaluation,
     Method,
     Task,
+    _Reader,
     evaluate_eviction,
     interleave,
     judge,
@@ -177,20 +178,47 @@ def test_reports_show_every_method(result, tmp_path):
 def test_the_command_line_writes_everything(result, tmp_path, monkeypatch):
     seen, files = [], [tmp_path / name for name in ("rows.json", "plot.png", "table.md")]
     monkeypatch.setattr("memjax.cli._load", lambda name: None)
-    monkeypatch.setattr(
-        "memjax.evaluate.eviction.evaluate_eviction", lambda lm, wanted, tell: (seen.append(wanted), tell("done"), result)[2]
-    )
+
+    def run(lm, wanted, tell, known, keep):
+        seen.append((wanted, known))
+        tell("done")
+        keep(result)
+        return result
+
+    monkeypatch.setattr("memjax.evaluate.eviction.evaluate_eviction", run)
     arguments = ["eval", "--suite", "evict", "--policy", H2O, "--fraction", "1", "--fraction", "0.25", "--depth", "0.5"]
     arguments += ["--tokens", "512", "--chunk", "64", "--continuation", "64", "--cache-dtype", "float32"]
     for option, file in zip(("--json", "--plot", "--markdown"), files, strict=True):
         arguments += [option, str(file)]
     found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0, found.output
-    assert seen == [SMALL]
+    assert seen == [(SMALL, None)]
     assert all(words in found.stdout for words in ("h2o+protect(2,8)", "uncompressed", "multi-key"))
     assert json.loads(files[0].read_text())["rows"] == result["rows"]
     assert files[1].stat().st_size > 10_000
     assert files[2].read_text() == eviction_markdown(result)
+    assert CliRunner().invoke(app, [*arguments, "--resume"]).exit_code == 0
+    assert seen[1] == (SMALL, json.loads(json.dumps(result)))
+    assert "goes on with the results in --json FILE" in str(CliRunner().invoke(app, [*arguments[:3], "--resume"]).exception)
+
+
+def test_what_is_known_is_not_measured_again(model, result, monkeypatch):  # noqa: F811
+    """A run that was interrupted after the first method is finished, with the same rows, and keeps what else there was."""
+    first, second = result["rows"][1:]
+    other = second | {"name": "tova"}
+    known, kept, ran = result | {"rows": [result["rows"][0], other, first], "seconds": 100.0}, [], []
+    run = _Reader.run
+    monkeypatch.setattr(_Reader, "run", lambda self, policy, dtype: ran.append(policy) or run(self, policy, dtype))
+    found = evaluate_eviction(model, SMALL, known=known, keep=kept.append)
+    assert [str(policy) for policy in ran] == ["dense", second["policy"]]
+    timeless = [{k: v for k, v in row.items() if k != "prefill_tokens_per_s"} for row in (found["rows"][2], second)]
+    assert timeless[0] == timeless[1]
+    assert [found["rows"][1], found["rows"][3]] == [first, other]
+    assert kept[-1] == found
+    assert found["seconds"] > 100.0
+    for bad, message in ((known | {"tokens": 511}, "has tokens 511, not 512"), ([], "has no rows")):
+        with pytest.raises(ValueError, match=message):
+            evaluate_eviction(model, SMALL, known=bad)
 
 
 # ---- methods, and what is refused ----------------------------------------------------------------------------------

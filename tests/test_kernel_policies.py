@@ -9,6 +9,7 @@ import pytest
 from cache_helpers import slow_but
 
 import memjax as mj
+from memjax.cache.transforms import evict
 from memjax.pallas_kernels.decode import decode
 from memjax.pallas_kernels.prefill import prefill
 
@@ -72,6 +73,27 @@ def test_kernels_read_what_xla_reads(case, interpreted):
     found = outputs(mj.policy(text + "+kernels(pallas)"), spec)
     assert {("prefill", "pallas"), ("decode", "pallas")} <= set(interpreted)
     for x, reference in zip(found, expected, strict=True):
+        assert np.linalg.norm(x - reference) / np.linalg.norm(reference) < 5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["kvzip(26)+int8+protect(2,8)", "kvzip(26)+int8+massfold+protect(2,8)"])
+def test_kernels_read_slots_that_heads_share_after_an_eviction(text, interpreted):
+    """With biases if tokens were folded, by a chunk and by a token."""
+    draw = np.random.default_rng(0).standard_normal
+    scores, counts = draw((2, 2, 86)).astype(np.float32), np.array([[3, 14], [9, 0]])
+    tokens = [[jnp.asarray(draw((2, n, m, 32)), jnp.float32) for m in (4, 2, 2)] for n in (40, 12, 1)]
+    found = []
+    for kernels in ("xla", "pallas"):
+        policy = mj.policy(f"{text}+kernels({kernels})")
+        cache = policy.update(policy.init(SPEC), *tokens[0][1:])
+        cache = evict(policy.attend(cache, tokens[0][0])[1], scores, counts, 16)
+        interpreted.clear()
+        for q, k, v in tokens[1:]:
+            out, cache = policy.attend(policy.update(cache, k, v), q)
+            found.append(out)
+        assert ("decode", kernels) in interpreted
+    for x, reference in zip(found[2:], found, strict=False):
         assert np.linalg.norm(x - reference) / np.linalg.norm(reference) < 5e-3
 
 

@@ -221,11 +221,13 @@ def test_a_policy_is_read_whole_and_compressed_between_prompt_and_answer(tiny, t
         assert (stopped[row] or len(each.tokens) == 4)
 
 
-def test_bytes_are_a_limit(tiny, whole):
+@pytest.mark.parametrize("method", [KVCompose, KVzip])
+def test_bytes_are_a_limit(tiny, whole, method):
     """The largest budget within it: another token per head would go beyond."""
-    by_count = [mj.nbytes(compress(tiny, whole, PROMPTS, KVCompose(n), room=2, chunk=CHUNK)).device for n in (9, 10)]
+    options = {"room": 2, "chunk": CHUNK, "instruction": INSTRUCTION}
+    by_count = [mj.nbytes(compress(tiny, whole, PROMPTS, method(n), **options)).device for n in (9, 10)]
     limit = sum(by_count) // 2
-    small = compress(tiny, whole, PROMPTS, KVCompose(bytes=limit), room=2, chunk=CHUNK)
+    small = compress(tiny, whole, PROMPTS, method(bytes=limit), **options)
     assert mj.nbytes(small).device == by_count[0] <= limit < by_count[1]
 
 

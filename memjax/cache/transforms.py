@@ -149,9 +149,8 @@ def _evict(cache: LayerCache, scores: Array, budget: int | np.ndarray, room: int
     slots, heads = cache.history.slots, cache.spec.kv_heads
     _check_pages("evict", cache.policy.codec, most + room)
     if not 1 <= most <= slots or counts.min() < 0 or room < 0:
-        raise ValueError(
-            f"evict needs 1 <= budget <= {slots} history slots and room >= 0, got {counts.min()} to {most} and {room}"
-        )
+        given = " to ".join(map(str, dict.fromkeys((counts.min(), most))))
+        raise ValueError(f"evict needs 1 <= budget <= {slots} history slots and room >= 0, got {given} and {room}")
     if scores.shape not in [(cache.spec.batch, h, slots) for h in (1, heads)]:
         raise ValueError(f"evict needs scores [batch, kv_heads or 1, {slots}], got {list(scores.shape)}")
     pos = jnp.broadcast_to(positions(history_positions(cache), slots), (cache.spec.batch, heads, slots))

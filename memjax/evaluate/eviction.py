@@ -19,7 +19,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -239,8 +239,19 @@ def interleave(text: Sequence[int], question: Sequence[int], chunk: int) -> list
     return [token for start in range(0, len(text), step) for token in (*text[start : start + step], *question)]
 
 
-def evaluate_eviction(model: LanguageModel, evaluation: EvictionEvaluation, progress: Progress | None = None) -> Result:
+def evaluate_eviction(
+    model: LanguageModel,
+    evaluation: EvictionEvaluation,
+    progress: Progress | None = None,
+    known: Result | None = None,
+    keep: Callable[[Result], None] | None = None,
+) -> Result:
     """Runs the suite.
+
+    Args:
+      progress: is told what is done.
+      known: a result of the same texts, model, versions and so on: what it has is not measured again.
+      keep: is given the result as far as it has come, after every method.
 
     Returns:
       What JSON can hold: suite, model, device, versions, tokens, continuation, depths, chunk, cache_dtype, bootstrap, seconds,
@@ -250,10 +261,15 @@ def evaluate_eviction(model: LanguageModel, evaluation: EvictionEvaluation, prog
       multikey_hidden, the part of the keys that was found; answers has each of them.
 
     Raises:
-      ValueError: a text too short or a policy that cannot serve the model, before anything is computed.
+      ValueError: a text too short, a policy that cannot serve the model, or a known result of something else, before anything
+        is computed.
       FloatingPointError: a policy gave NaN.
     """
     begin, tell = time.perf_counter(), progress or (lambda done: None)
+    head = {"suite": "evict", "text": NOVEL.name, "tokens": evaluation.tokens, "chunk": evaluation.chunk}
+    head |= {"continuation": evaluation.continuation, "depths": list(evaluation.depths)}
+    head |= circumstances(model, evaluation.cache_dtype, evaluation.continuation)
+    measured = {} if known is None else _measured(known, head)
     batch = evaluation.batch(model)
     specs = model.decoder.cache_specs(len(batch.reads), batch.capacity, evaluation.cache_dtype)
     for _, _, policy in evaluation.jobs():
@@ -263,14 +279,27 @@ def evaluate_eviction(model: LanguageModel, evaluation: EvictionEvaluation, prog
     rows = [{"name": UNCOMPRESSED, "fraction": 1.0, "budget": evaluation.tokens} | _row(wanted, wanted, batch, specs)]
     tell(UNCOMPRESSED)
     for name, fraction, policy in evaluation.jobs():
-        found = reader.run(policy, evaluation.cache_dtype)
-        row = {"name": name, "fraction": fraction, "budget": evaluation.budget(fraction)}
-        rows.append(row | _row(wanted, found, batch, specs))
+        row = measured.pop((name, fraction), None)
+        if row is None:
+            row = {"name": name, "fraction": fraction, "budget": evaluation.budget(fraction)}
+            row |= _row(wanted, reader.run(policy, evaluation.cache_dtype), batch, specs)
+        rows.append(row)
+        seconds = time.perf_counter() - begin + (0.0 if known is None else known.get("seconds", 0.0))
+        result = head | {"rows": rows + list(measured.values()), "seconds": seconds}
+        if keep is not None:
+            keep(result)
         tell(f"{name}, {fraction:g} kept")
-    result = {"suite": "evict", "text": NOVEL.name, "tokens": evaluation.tokens, "chunk": evaluation.chunk}
-    result |= {"continuation": evaluation.continuation, "depths": list(evaluation.depths)}
-    result |= circumstances(model, evaluation.cache_dtype, evaluation.continuation)
-    return result | {"rows": rows, "seconds": time.perf_counter() - begin}
+    return result
+
+
+def _measured(known: Result, head: Result) -> dict[tuple[str, float], Row]:
+    """Rows of a result, but for the uncompressed model's, by name and fraction."""
+    if not isinstance(known, Mapping) or "rows" not in known:
+        raise ValueError("the known result is none of this suite: it has no rows")
+    for key, value in head.items():
+        if known.get(key) != value:
+            raise ValueError(f"the known result has {key} {known.get(key)!r}, not {value!r}; write to another file")
+    return {(row["name"], row["fraction"]): row for row in known["rows"] if row["name"] != UNCOMPRESSED}
 
 
 @dataclass(frozen=True)
