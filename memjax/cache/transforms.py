@@ -130,30 +130,12 @@ def evict(
 
 
 def _evict(cache: LayerCache, scores: Array, budget: int | np.ndarray, room: int) -> LayerCache:
-    cache, shape = commit(cache), (cache.spec.batch, cache.spec.kv_heads)
-    shares = np.ndim(budget) > 0
+    cache, shares = commit(cache), np.ndim(budget) > 0
+    shape = (cache.spec.batch, cache.spec.kv_heads)
     counts = np.asarray(budget) if shares else np.full(shape, budget)
-    if counts.shape != shape:
-        raise ValueError(f"evict needs one budget or those of batch and kv heads, {list(shape)}, got {list(counts.shape)}")
-    most = int(counts.max())
-    if cache.history is None or cache.host is not None or cache.layout.ring:
-        raise ValueError(f"evict needs a whole history on the device, but policy {cache.policy} keeps none; evict first")
-    if cache.layout.tile > 1:
-        raise ValueError(f"evict cannot take single tokens out of {cache.policy.codec.name}'s tiles; evict first")
-    if cache.shared:
-        raise ValueError(f"evict cannot sort out slots that heads share ({cache.policy}); evict once")
-    if shares:
-        check_shared(cache.spec, cache.policy.codec, "give evict one budget for all of them")
-    if cache.bounds is not None:
-        raise ValueError(f"evict would scatter the tokens of {cache.policy.evictor.name}'s pages; make the cache without it")
-    slots, heads = cache.history.slots, cache.spec.kv_heads
-    _check_pages("evict", cache.policy.codec, most + room)
-    if not 1 <= most <= slots or counts.min() < 0 or room < 0:
-        given = " to ".join(map(str, dict.fromkeys((counts.min(), most))))
-        raise ValueError(f"evict needs 1 <= budget <= {slots} history slots and room >= 0, got {given} and {room}")
-    if scores.shape not in [(cache.spec.batch, h, slots) for h in (1, heads)]:
-        raise ValueError(f"evict needs scores [batch, kv_heads or 1, {slots}], got {list(scores.shape)}")
-    pos = jnp.broadcast_to(positions(history_positions(cache), slots), (cache.spec.batch, heads, slots))
+    _check_evict(cache, scores, counts, room, shares)
+    slots, most = cache.history.slots, int(counts.max())
+    pos = jnp.broadcast_to(positions(history_positions(cache), slots), (*shape, slots))
     order = _by_rank(jnp.broadcast_to(scores, pos.shape), pos >= 0)
     stays = jnp.argsort(order, axis=-1) < counts[..., None]
     chosen = jnp.argsort(~stays, axis=-1)[..., :most]
@@ -164,14 +146,40 @@ def _evict(cache: LayerCache, scores: Array, budget: int | np.ndarray, room: int
         history = _folded(cache, everyone, Fates(chosen, order[..., counts.min() :]), stays)
     else:
         history = take(only(everyone, stays), chosen)
-    kept, spare, filled = most, room, written[:, 0]
+    kept, filled, owners = most, written[:, 0], 1
     if shares:
-        kept, spare, filled = -(-int(counts.sum(1).max()) // heads), room * heads, -(-jnp.sum(written, axis=1) // heads)
-        history = pooled(history, kept * heads)
+        owners = shape[1]
+        kept, filled = -(-int(counts.sum(axis=1).max()) // owners), -(-jnp.sum(written, axis=1) // owners)
+        history = pooled(history, kept * owners)
     # A row that has lost tokens to an overflow must stay one: more written than there are slots.
     filled = jnp.where(cache.written > slots, kept + room + 1, filled)
-    pos = pad(history.pos, spare, FREE)
-    return dataclasses.replace(cache, history=dataclasses.replace(pad(history, spare), pos=pos), written=filled)
+    pos = pad(history.pos, room * owners, FREE)
+    return dataclasses.replace(
+        cache, history=dataclasses.replace(pad(history, room * owners), pos=pos), written=filled
+    )
+
+
+def _check_evict(cache: LayerCache, scores: Array, counts: np.ndarray, room: int, shares: bool) -> None:
+    shape = (cache.spec.batch, cache.spec.kv_heads)
+    if cache.history is None or cache.host is not None or cache.layout.ring:
+        raise ValueError(f"evict needs a whole history on the device, but policy {cache.policy} keeps none; evict first")
+    if cache.layout.tile > 1:
+        raise ValueError(f"evict cannot take single tokens out of {cache.policy.codec.name}'s tiles; evict first")
+    if cache.shared:
+        raise ValueError(f"evict cannot sort out slots that heads share ({cache.policy}); evict once")
+    if cache.bounds is not None:
+        raise ValueError(f"evict would scatter the tokens of {cache.policy.evictor.name}'s pages; make the cache without it")
+    if shares:
+        check_shared(cache.spec, cache.policy.codec, "give evict one budget for all of them")
+    if counts.shape != shape:
+        raise ValueError(f"evict needs one budget or those of batch and kv heads, {list(shape)}, got {list(counts.shape)}")
+    least, most, slots = counts.min(), counts.max(), cache.history.slots
+    _check_pages("evict", cache.policy.codec, int(most) + room)
+    if not 1 <= most <= slots or least < 0 or room < 0:
+        given = " to ".join(map(str, dict.fromkeys((least, most))))
+        raise ValueError(f"evict needs 1 <= budget <= {slots} history slots and room >= 0, got {given} and {room}")
+    if scores.shape not in [(shape[0], heads, slots) for heads in (1, shape[1])]:
+        raise ValueError(f"evict needs scores [batch, kv_heads or 1, {slots}], got {list(scores.shape)}")
 
 
 def _by_rank(scores: Array, filled: Array) -> Array:

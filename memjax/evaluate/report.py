@@ -75,9 +75,7 @@ def show(value: float | None, form: str) -> str:
 
 def save_json(rows: Sequence[Row] | Row, path: str | Path) -> None:
     """Writes the rows of a comparison, a JSON list with one object per policy, or the object that an evaluation returns."""
-    whole = Path(path).with_suffix(".part")  # so that an interruption leaves what was there
-    whole.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    whole.replace(path)
+    Path(path).write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def plot(rows: Sequence[Row], path: str | Path) -> None:

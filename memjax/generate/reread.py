@@ -21,6 +21,7 @@ from memjax.cache.layer import LayerCache, commit, layer_caches, update
 from memjax.cache.ledger import nbytes
 from memjax.cache.policy import AnyLayerCache, ModelCache, lengths
 from memjax.cache.pools import HeadPools
+from memjax.cache.share import check_shared
 from memjax.cache.transforms import evict
 from memjax.evict import Rereading
 from memjax.models.config import check_attention
@@ -67,7 +68,8 @@ def compress(
       instruction: ids to be said before each chunk; None: the method's own, by the model's tokenizer.
 
     Raises:
-      ValueError: as ``scores``; no method; a budget that leaves nothing to choose besides the protected tokens.
+      ValueError: as ``scores``; no method; a budget that leaves nothing to choose besides the protected tokens; heads that
+        cannot share slots as the method wants.
     """
     method = rereading(cache) if method is None else method
     if method is None:
@@ -81,6 +83,8 @@ def compress(
         raise ValueError(
             f"{method.name}'s budget of {budget} tokens leaves none to choose besides the {protected} protected ones"
         )
+    for i in chosen if method.shares_slots else ():
+        check_shared(cache[i].spec, cache[i].policy.codec, method.apart)
     found = scores(model, cache, prompts, method, chunk=chunk, instruction=instruction)
     written = np.asarray([max(len(prompt) - protected, 0) for prompt in prompts])
     counts = method.counts([found[i] for i in chosen], written, budget - protected)
