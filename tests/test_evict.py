@@ -374,6 +374,24 @@ def test_a_limit_in_bytes_is_one_for_the_whole_cache():
         mj.per_layer(mj.policy("h2o(bytes=60000)"), {0: mj.policy("h2o(bytes=9000)")}).init([SPEC] * 2)
 
 
+@pytest.mark.parametrize(("sinks", "kept"), [(4, 36), (0, 36)])
+def test_a_head_that_parks_its_attention_on_the_first_token_needs_it(sinks, kept):
+    """One key takes e^b of the softmax mass and gives nothing; a window that has left it gives all it has for the rest.
+
+    What small trained models show only faintly (benchmarks/results/streaming_ppl.md), exactly: without sinks outputs are
+    1 + e^b / 35 times too large from the first eviction on, with them they stay what they were.
+    """
+    b, tokens = 5.0, 96
+    spec = mj.CacheSpec(1, 1, 16, tokens, "float32", rope=None, scale=1.0)
+    q, k, v = (np.zeros((1, tokens, 1, 16), np.float32) for _ in range(3))
+    q[..., 0], k[:, 0, :, 0], v[:, 1:, :, 1] = 1.0, b, 1.0
+    policy = mj.policy(f"streaming({sinks},{kept - sinks})")
+    out = run(policy.init(spec), (q, k, v), [8] * (tokens // 8))[0][0, :, 0, 1]
+    whole = np.arange(tokens) / (np.arange(tokens) + np.exp(b))  # t other tokens, each of weight 1
+    np.testing.assert_allclose(out[:kept], whole[:kept], rtol=1e-5)
+    np.testing.assert_allclose(out[kept:], 35 / (35 + np.exp(b)) if sinks else 1.0, rtol=1e-5)
+
+
 def test_duplicates_go_first():
     """KeyDiff: of many equal keys and one that differs, that one stays."""
     keys = np.ones((1, 1, 4, 12), np.float32)
