@@ -275,7 +275,8 @@ def _evaluate_eviction(
     wanted, known = EvictionEvaluation(**options), None
     if resume:
         if json_file is None or not json_file.exists():
-            raise ValueError(f"--resume goes on with the results in --json FILE, got {json_file or 'none'}")
+            lacking = "no --json" if json_file is None else f"{json_file}, which does not exist"
+            raise ValueError(f"--resume goes on with the results in --json FILE, got {lacking}")
         known = json.loads(json_file.read_text(encoding="utf-8"))
     keep = None if json_file is None else functools.partial(save_json, path=json_file)
     lm = _load(model)

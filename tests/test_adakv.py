@@ -133,10 +133,10 @@ def test_slots_of_other_heads_have_no_weight_at_all(dtype):
         at = jnp.full((1, q.shape[2]), slots)
         return decode(q, dense(k), dense(v), q_pos=at, k_pos=k_pos, scale=scale, implementation="xla", **extra)
 
-    wide, extra = shared_queries(q, jnp.asarray(owner, jnp.int8)[None, None], scale)
+    wide, extra, lower = shared_queries(q, jnp.asarray(owner, jnp.int8)[None, None], scale)
     assert extra.dim == heads
     found = attend(wide[..., :DIM], pos[None, None], q_extra=wide[..., DIM:], k_extra=extra)
-    out, lse = heads_apart(*found, heads)
+    out, lse = heads_apart(*found, heads, lower)
     for h in range(heads):
         own = attend(q[:, h : h + 1], jnp.where(owner == h, pos, -1)[None, None])
         np.testing.assert_array_equal(out[:, h], own[0][:, 0])

@@ -205,7 +205,7 @@ def test_the_command_line_writes_everything(result, tmp_path, monkeypatch):
 def test_what_is_known_is_not_measured_again(model, result, monkeypatch):  # noqa: F811
     """A run that was interrupted after the first method is finished, with the same rows, and keeps what else there was."""
     first, second = result["rows"][1:]
-    other = second | {"name": "tova"}
+    other = second | {"policy": "h2o(64)"}
     known, kept, ran = result | {"rows": [result["rows"][0], other, first], "seconds": 100.0}, [], []
     run = _Reader.run
     monkeypatch.setattr(_Reader, "run", lambda self, policy, dtype: ran.append(policy) or run(self, policy, dtype))

@@ -121,11 +121,29 @@ def test_the_best_tokens_of_all_heads_stay(tiny, whole, found, across):
 def test_rows_that_fit_whole_do_not_share_out_the_layers():
     rng = np.random.default_rng(0)
     scores = [rng.random((2, 2, 12)) * scale for scale in (1.0, 0.5)]
-    both = KVzip(6).counts(scores, np.array([12, 3]), 4)
-    alone = KVzip(6).counts([score[:1] for score in scores], np.array([12]), 4)
-    for pair, one in zip(both, alone, strict=True):
-        assert pair[0].tolist() == one[0].tolist()
-        assert pair[1].tolist() == [3, 3] or pair[0].sum() < 6
+    budget = np.array([4, 4])
+    both = KVzip(6).counts(scores, np.array([[12, 3], [12, 3]]), budget)
+    alone = KVzip(6).counts([score[:1] for score in scores], np.array([[12], [12]]), budget)
+    assert [each[0].sum() for each in alone] == [14, 2]
+    assert [each[0].sum() for each in both] == [10, 6]  # the short row needs three slots per head in both layers
+    assert [each[1].tolist() for each in both] == [[3, 3], [3, 3]]
+    assert KVzip(6).counts(scores, np.array([[4, 3], [4, 3]]), budget)[0].tolist() == [[4, 4], [3, 3]]
+
+
+def test_layers_may_protect_and_hold_different_numbers(tiny):
+    """Their tokens compete all the same, with what each has to choose from."""
+    for method in ("kvzip", "kvcompose"):
+        policy = mj.protect_layers(mj.policy(f"{method}(9)+int8+protect({SINKS},{RECENT})"), 1)
+        cache = tiny.init_cache(policy, 2, CAPACITY, "float32")
+        tokens = np.zeros((2, 21), np.int32)
+        for row, prompt in zip(tokens, PROMPTS, strict=True):
+            row[: len(prompt)] = prompt
+        cache = quick_jit(mj.prefill)(tiny.decoder, cache, tokens, jnp.asarray([21, 12], jnp.int32))[1]
+        small = compress(tiny, cache, PROMPTS, room=3, chunk=CHUNK, instruction=INSTRUCTION)
+        protected = [layer.layout.sinks + layer.layout.kept for layer in small[:3]]
+        assert len(set(protected)) > 1
+        slots = [each.history.slots // (2 if each.shared else 1) - 3 for each in small[:3]]
+        assert sum(slots) == 3 * 9 - sum(protected)
 
 
 def test_a_budget_of_all_changes_no_answer(tiny, whole):
@@ -229,6 +247,25 @@ def test_bytes_are_a_limit(tiny, whole, method):
     limit = sum(by_count) // 2
     small = compress(tiny, whole, PROMPTS, method(bytes=limit), **options)
     assert mj.nbytes(small).device == by_count[0] <= limit < by_count[1]
+    with pytest.raises(ValueError, match="leaves none to choose"):
+        compress(tiny, whole, PROMPTS, method(bytes=mj.nbytes(small).device // 2), **options)
+
+
+@pytest.mark.parametrize("method", ["kvzip", "kvcompose"])
+def test_bytes_are_a_limit_where_layers_differ_in_codec(tiny, method):
+    """Slots that go to a layer whose slots are dear count as much as they cost."""
+    plain, coded = (mj.policy(f"{method}(9){codec}+protect({SINKS},{RECENT})") for codec in ("", "+int4"))
+    policy = mj.per_layer(coded, {0: plain})
+    cache = tiny.init_cache(policy, 2, CAPACITY, "float32")
+    tokens = np.zeros((2, 21), np.int32)
+    for row, prompt in zip(tokens, PROMPTS, strict=True):
+        row[: len(prompt)] = prompt
+    cache = quick_jit(mj.prefill)(tiny.decoder, cache, tokens, jnp.asarray([21, 12], jnp.int32))[1]
+    options = {"room": 2, "chunk": CHUNK, "instruction": INSTRUCTION}
+    kind = {"kvzip": KVzip, "kvcompose": KVCompose}[method]
+    sizes = [mj.nbytes(compress(tiny, cache, PROMPTS, kind(n), **options)).device for n in (8, 12)]
+    for limit in range(sizes[0], sizes[1], (sizes[1] - sizes[0]) // 5):
+        assert mj.nbytes(compress(tiny, cache, PROMPTS, kind(bytes=limit), **options)).device <= limit
 
 
 @pytest.mark.parametrize("fold", ["", "+massfold"])

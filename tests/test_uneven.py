@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cache_helpers import BATCH, HEADS, ROPE, qkv, quick_jit
@@ -46,14 +47,12 @@ def test_heads_that_share_slots_read_what_they_would_alone(text):
     assert ours.shared
     assert ours.history.slots == HEADS * (14 + ROOM)
     assert ours.written.tolist() == [14, 6]
-    at = 0
     for i, count in enumerate((1, 1, 4)):
         tokens = qkv(i + 1, tokens=count)
         lengths = np.array([count, (count + 1) // 2], np.int32)
         (mine, ours), (wanted, theirs) = step(ours, *tokens, lengths), step(theirs, *tokens, lengths)
         for row, n in enumerate(lengths):
             np.testing.assert_allclose(mine[row, :n], wanted[row, :n], atol=2e-5)
-        at += count
     for row in range(BATCH):
         for head in range(HEADS):
             held = np.asarray(ours.history.pos)[row, 0][np.asarray(ours.history.owner)[row, 0] == head]
@@ -83,9 +82,9 @@ def test_numbers_may_be_equal_and_heads_empty():
     assert (same.shared, alone.shared) == (True, False)
     tokens = qkv(1, tokens=2)
     np.testing.assert_allclose(step(same, *tokens)[0], step(alone, *tokens)[0], atol=2e-5)
-    empty = evict(cache, SCORES, np.array([[0, 0], [0, 1]]))
-    assert empty.written.tolist() == [0, 1]
-    assert np.isfinite(step(evict(cache, SCORES, np.array([[0, 0], [0, 1]]), 1), *qkv(1, tokens=1))[0]).all()
+    empty = evict(cache, SCORES, np.array([[3, 0], [0, 1]]), 1)
+    assert empty.written.tolist() == [2, 1]
+    assert np.isfinite(step(empty, *qkv(1, tokens=1))[0]).all()
 
 
 def test_the_ledger_counts_every_slot_and_its_owner():
@@ -93,6 +92,30 @@ def test_the_ledger_counts_every_slot_and_its_owner():
     pair = [mj.nbytes(evict(cache, SCORES, each, ROOM)) for each in (np.array([[9, 11], [12, 8]]), 10)]
     assert pair[0].history - pair[1].history == BATCH * HEADS * (10 + ROOM)
     assert pair[0].history_values == pair[1].history_values
+
+
+def test_one_head_shares_with_nobody():
+    """Rows may keep different numbers; nothing about slots has to be told apart, whatever the codec or the model."""
+    spec = dataclasses.replace(SPEC, kv_heads=1, softcap=20.0)
+    cache = mj.policy("gear(int4,0,sparse=0.2)+protect(2,3)").init(spec)
+    q, k, v = qkv(0, tokens=TOKENS, heads=1)
+    small = evict(step(cache, q, k, v)[1], SCORES[:, :1], np.array([[9], [4]]), 2)
+    assert not small.shared
+    assert small.written.tolist() == [9, 4]
+    assert (np.asarray(small.history.pos) >= 0).sum(-1).tolist() == [[9], [4]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_head_without_slots_reads_nothing(dtype):
+    """Not even where nothing else is there to read, in the dtype that holds the least."""
+    spec = dataclasses.replace(SPEC, head_dim=64, rope=None, dtype=dtype)
+    tokens = [jnp.asarray(x, dtype) for x in qkv(0, tokens=TOKENS, dim=64)]
+    scores = np.random.default_rng(1).standard_normal((BATCH, HEADS, CAPACITY))
+    cache = evict(step(mj.policy("protect(0,0)").init(spec), *tokens)[1], scores, COUNTS)
+    at = np.full((BATCH, 1), CAPACITY - 1, np.int32)
+    out = quick_jit(lambda cache, q: mj.attend(cache, q, at)[0])(cache, tokens[0][:, -1:])
+    assert np.abs(np.asarray(out, np.float32)[1, 0, 2:]).max() == 0.0  # the second head, of two query heads
+    assert np.abs(np.asarray(out, np.float32)[1, 0, :2]).min(axis=-1).max() > 0.0
 
 
 def test_a_row_that_is_given_more_than_its_room_is_lost():
@@ -103,7 +126,10 @@ def test_a_row_that_is_given_more_than_its_room_is_lost():
 
 
 BAD = [
-    ("protect(2,3)", COUNTS[:1], r"those of batch and kv heads, \[2, 2\], got \[1, 2\]"),
+    ("protect(2,3)", COUNTS[:1], r"of batch and kv heads, \[2, 2\], got int64 \[1, 2\]"),
+    ("protect(2,3)", COUNTS / 2, "got float64"),
+    ("protect(2,3)", np.array([[0, 0], [3, 4]]), "at least of one head of each row, and room >= 0, got 0 to 4"),
+    ("progressive(page=8)+protect(2,3)", COUNTS, "cannot be joined with progressive; give evict one budget"),
     ("protect(2,3)", COUNTS - 1, "got -1 to 19"),
     ("protect(2,3)", COUNTS * 3, "got 0 to 60"),
     ("gear(int4,0,sparse=0.2)+protect(2,3)", COUNTS, "cannot be joined with gear; give evict one budget"),

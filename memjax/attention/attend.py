@@ -370,11 +370,11 @@ class Reader:
     def _shared_part(self, q: Array, centre: Centre | None, keep: str):
         """A history that the heads share: each sees the slots that it owns."""
         history, heads = self.cache.history, q.shape[1]
-        q, owners = shared_queries(q, history.owner, self.spec.attention_scale)
+        q, owners, lower = shared_queries(q, history.owner, self.spec.attention_scale)
         if centre is not None:
             centre = Centre(centre.weights.reshape(*q.shape[:3], -1), centre.inv_freq)
         pool = dataclasses.replace(bare(history), extra=owners, bias=history.bias)
-        return heads_apart(*self._attend(q, pool, history.pos, self.kernels, centre=centre, keep=keep), heads)
+        return heads_apart(*self._attend(q, pool, history.pos, self.kernels, centre=centre, keep=keep), heads, lower)
 
     def _progressive_part(self, q: Array, centre: Centre | None, others: list):
         """The coded history, pages that matter with all their bits."""

@@ -75,7 +75,7 @@ class LayerCache:
       staged_weight: float32 [K, H], what the staged values count for in the layer's output, if the front end is about to
         measure them; None if nobody said so.
       length: int32 [B], tokens committed.
-      written: int32 [B], tokens that have entered the history.
+      written: int32 [B], tokens that have entered the history; where heads share slots after an eviction, slots per head.
       basis: statistics in which the history is coded; None without a front end.
       refined: float32 [B, 2], pages that decode steps have read in full and pages that they have read at all, summed over kv
         heads; None for codecs whose pages are all read alike.
@@ -109,7 +109,6 @@ class LayerCache:
     def observed(self) -> bool:
         """Whether attention gives scores to tokens."""
         return self.layout.observer is not None
-
 
     @property
     def shared(self) -> bool:

@@ -41,7 +41,7 @@ class Layout:
       observer: whose attention gives scores to tokens; None: nobody's.
       page: slots of the history that are read together by who reads some pages only.
       chosen: pages that a decode step reads per kv head; 0: it reads all of the history.
-      shared: the kv heads share one history, ``slots`` of it for each on average.
+      shared: the kv heads share one history from the start, ``slots`` of it for each on average.
     """
 
     sinks: int

@@ -171,7 +171,7 @@ class CachePolicy:
         if self.evictor is not None:
             self.evictor.validate(spec)
             if self.evictor.shares_slots:
-                check_shared(spec, self.codec, f"in {self}, {self.evictor.apart}")
+                check_shared(spec, self.codec, f"in {self}, {self.evictor.instead}")
         if self.fold is not None and spec.latent_dim is not None:
             raise ValueError(f"{self}: massfold changes values and leaves keys, but a latent stream has one vector for both")
         if isinstance(self.evictor, Budgeted):

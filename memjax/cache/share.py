@@ -75,10 +75,11 @@ def append(history: Segment, new: Segment, written: Int[Array, "B"], count: Int[
 
 
 def check_shared(spec: CacheSpec, codec: KeyValueCodec, remedy: str) -> None:
-    """Raises ValueError if the heads of a layer cannot share slots."""
-    if spec.latent_dim is not None or codec.two_streams:
-        what = "a latent stream" if spec.latent_dim is not None else codec.name
-        raise ValueError(f"heads that share their slots cannot be joined with {what}; {remedy}")
+    """Raises ValueError if the heads of a layer, more than one, cannot share slots."""
+    if spec.kv_heads == 1:
+        return
+    if codec.two_streams or codec.page > 1:
+        raise ValueError(f"heads that share their slots cannot be joined with {codec.name}; {remedy}")
     if spec.softcap is not None or spec.kv_heads > 127:
         raise ValueError(
             f"heads that share their slots are told apart in the logits, without a softcap (this layer's is {spec.softcap}) "
@@ -113,19 +114,19 @@ def _replace(history: Segment, new: Segment, out: Int[Array, "B 1 n"]) -> Segmen
 
 def shared_queries(
     q: Float[Array, "B K M H"], owner: Int[Array, "B 1 S"], scale: float
-) -> tuple[Float[Array, "B 1 KM H+K"], Codes]:
-    """The rows of all heads with a channel per head, and what the slots hold in these channels."""
+) -> tuple[Float[Array, "B 1 KM H+K"], Codes, float]:
+    """The rows of all heads with a channel per head, what slots hold in these, and by how much others' logits are lower."""
     batch, heads, rows, _ = q.shape
     others = (jnp.arange(heads)[:, None] != jnp.arange(heads)).astype(q.dtype)
-    most = 0.9 * float(jnp.finfo(q.dtype).max)
-    apart = jnp.broadcast_to((-min(APART / scale, most) * others)[:, None].astype(q.dtype), (batch, heads, rows, heads))
+    most = min(APART / scale, 0.9 * float(jnp.finfo(q.dtype).max))
+    apart = jnp.broadcast_to((-most * others)[:, None].astype(q.dtype), (batch, heads, rows, heads))
     wide = jnp.concatenate([q, apart], axis=-1).reshape(batch, 1, heads * rows, -1)
-    return wide, dense(jax.nn.one_hot(owner, heads, dtype=q.dtype, axis=-2))
+    return wide, dense(jax.nn.one_hot(owner, heads, dtype=q.dtype, axis=-2)), most * scale
 
 
-def heads_apart(out: Array, lse: Array, heads: int) -> tuple[Array, Array]:
-    """Output and log-sum-exp per head; nothing for rows that only slots of other heads were there for."""
+def heads_apart(out: Array, lse: Array, heads: int, lower: float) -> tuple[Array, Array]:
+    """Output and log-sum-exp per head; nothing for rows that only slots of other heads, so much ``lower``, were there for."""
     batch = out.shape[0]
     out, lse = out.reshape(batch, heads, -1, out.shape[-1]), lse.reshape(batch, heads, -1)
-    some = lse > -APART / 2
+    some = lse > -lower / 2
     return jnp.where(some[..., None], out, 0.0), jnp.where(some, lse, -jnp.inf)

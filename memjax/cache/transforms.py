@@ -108,8 +108,9 @@ def evict(
       scores: higher is kept; one per history slot, [B, K, S] ([B, 1, S]: the same for all heads). For a model's caches one
         array per attention layer. Free slots lose against any token.
       budget: tokens kept per kv head, 1 <= budget <= S. Rows with fewer tokens keep all and have free slots. Or, in numpy,
-        a number for each head of each row, 0 <= number <= S: the heads of a layer share slots from then on, as with
-        ``adakv``, as many as the row that keeps most needs, rounded up to whole slots per head.
+        a whole number for each head of each row, 0 <= number <= S and one of a row above 0: the heads of a layer, if there are
+        several, share slots from then on, as with ``adakv``, as many as the row that keeps most needs, rounded up to whole
+        slots per head.
       room: free slots after them, for tokens still to come.
 
     Raises:
@@ -120,7 +121,7 @@ def evict(
         return _evict(cache, scores, budget, room)
     if any(isinstance(layer, HeadPools) for layer in ((cache,) if isinstance(cache, HeadPools) else cache)):
         raise ValueError(
-            "evict keeps as many tokens of every head of a layer, but these lie in pools; leave duo or by_head away"
+            "evict goes layer by layer, but the heads of this one lie in pools of different shapes; leave duo or by_head away"
         )
     attention = sum(isinstance(layer, LayerCache) for layer in cache)
     if len(scores) != attention:
@@ -130,10 +131,11 @@ def evict(
 
 
 def _evict(cache: LayerCache, scores: Array, budget: int | np.ndarray, room: int) -> LayerCache:
-    cache, shares = commit(cache), np.ndim(budget) > 0
-    shape = (cache.spec.batch, cache.spec.kv_heads)
-    counts = np.asarray(budget) if shares else np.full(shape, budget)
+    cache, shape = commit(cache), (cache.spec.batch, cache.spec.kv_heads)
+    shares = np.ndim(budget) > 0 and cache.spec.kv_heads > 1
+    counts = np.asarray(budget) if np.ndim(budget) else np.full(shape, budget)
     _check_evict(cache, scores, counts, room, shares)
+    counts = counts.astype(np.int32)
     slots, most = cache.history.slots, int(counts.max())
     pos = jnp.broadcast_to(positions(history_positions(cache), slots), (*shape, slots))
     order = _by_rank(jnp.broadcast_to(scores, pos.shape), pos >= 0)
@@ -171,13 +173,19 @@ def _check_evict(cache: LayerCache, scores: Array, counts: np.ndarray, room: int
         raise ValueError(f"evict would scatter the tokens of {cache.policy.evictor.name}'s pages; make the cache without it")
     if shares:
         check_shared(cache.spec, cache.policy.codec, "give evict one budget for all of them")
-    if counts.shape != shape:
-        raise ValueError(f"evict needs one budget or those of batch and kv heads, {list(shape)}, got {list(counts.shape)}")
-    least, most, slots = counts.min(), counts.max(), cache.history.slots
+    if counts.shape != shape or not np.issubdtype(counts.dtype, np.integer):
+        raise ValueError(
+            f"evict needs one budget or whole numbers of batch and kv heads, {list(shape)}, got {counts.dtype.name} "
+            f"{list(counts.shape)}"
+        )
+    least, most, slots = counts.max(axis=1).min(), counts.max(), cache.history.slots
     _check_pages("evict", cache.policy.codec, int(most) + room)
-    if not 1 <= most <= slots or least < 0 or room < 0:
-        given = " to ".join(map(str, dict.fromkeys((least, most))))
-        raise ValueError(f"evict needs 1 <= budget <= {slots} history slots and room >= 0, got {given} and {room}")
+    if not 1 <= least <= most <= slots or counts.min() < 0 or room < 0:
+        given = " to ".join(map(str, dict.fromkeys((counts.min(), most))))
+        raise ValueError(
+            f"evict needs 1 <= budget <= {slots} history slots, at least of one head of each row, and room >= 0, got {given} "
+            f"and {room}"
+        )
     if scores.shape not in [(shape[0], heads, slots) for heads in (1, shape[1])]:
         raise ValueError(f"evict needs scores [batch, kv_heads or 1, {slots}], got {list(scores.shape)}")
 

@@ -10,7 +10,8 @@ each eviction follows it (as in Finch, arXiv 2408.00167; a text of one chunk is 
 asked, as a sentence to complete, after the text. A key counts as found if each of its tokens is the most probable one after
 the question and the tokens before it, which is when greedy decoding gives it.
 
-All of this is one batch with a row per text and task: a policy is compiled once and reads once.
+All of this is one batch with a row per text and task: a policy is compiled once and reads once. With ``kvzip`` and
+``kvcompose`` the rows share the numbers of slots of their layers, so each is judged with what suits all of them on average.
 """
 
 from __future__ import annotations
@@ -279,7 +280,7 @@ def evaluate_eviction(
     rows = [{"name": UNCOMPRESSED, "fraction": 1.0, "budget": evaluation.tokens} | _row(wanted, wanted, batch, specs)]
     tell(UNCOMPRESSED)
     for name, fraction, policy in evaluation.jobs():
-        row = measured.pop((name, fraction), None)
+        row = measured.pop((name, fraction, str(policy)), None)
         if row is None:
             row = {"name": name, "fraction": fraction, "budget": evaluation.budget(fraction)}
             row |= _row(wanted, reader.run(policy, evaluation.cache_dtype), batch, specs)
@@ -292,14 +293,14 @@ def evaluate_eviction(
     return result
 
 
-def _measured(known: Result, head: Result) -> dict[tuple[str, float], Row]:
-    """Rows of a result, but for the uncompressed model's, by name and fraction."""
+def _measured(known: Result, head: Result) -> dict[tuple[str, float, str], Row]:
+    """Rows of a result, but for the uncompressed model's, by name, fraction and policy."""
     if not isinstance(known, Mapping) or "rows" not in known:
         raise ValueError("the known result is none of this suite: it has no rows")
     for key, value in head.items():
         if known.get(key) != value:
             raise ValueError(f"the known result has {key} {known.get(key)!r}, not {value!r}; write to another file")
-    return {(row["name"], row["fraction"]): row for row in known["rows"] if row["name"] != UNCOMPRESSED}
+    return {(row["name"], row["fraction"], row["policy"]): row for row in known["rows"] if row["name"] != UNCOMPRESSED}
 
 
 @dataclass(frozen=True)

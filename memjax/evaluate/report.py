@@ -75,7 +75,13 @@ def show(value: float | None, form: str) -> str:
 
 def save_json(rows: Sequence[Row] | Row, path: str | Path) -> None:
     """Writes the rows of a comparison, a JSON list with one object per policy, or the object that an evaluation returns."""
-    Path(path).write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path, text = Path(path), json.dumps(rows, indent=1, allow_nan=False) + "\n"
+    if path.exists() and not path.is_file():  # a pipe or a terminal
+        path.write_text(text, encoding="utf-8")
+        return
+    part = path.with_name(path.name + ".part")  # an interruption leaves what was there
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def plot(rows: Sequence[Row], path: str | Path) -> None:

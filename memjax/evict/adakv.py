@@ -40,7 +40,7 @@ class AdaKV(SnapKV):
 
     name: ClassVar[str] = "adakv"
     joint: ClassVar[bool] = True
-    apart: ClassVar[str] = "use snapkv"
+    instead: ClassVar[str] = "use snapkv"
     alpha: float = 0.2
 
     def __post_init__(self):

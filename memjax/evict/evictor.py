@@ -38,7 +38,7 @@ class Evictor:
 
     name: ClassVar[str] = "evictor"
     joint: ClassVar[bool] = False  # whether a layer's heads decide together
-    apart: ClassVar[str] = ""  # what to use instead where heads cannot share slots
+    instead: ClassVar[str] = ""  # what to do where heads cannot share slots
 
     @property
     def shares_slots(self) -> bool:

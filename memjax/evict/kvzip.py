@@ -10,12 +10,13 @@ question is asked, so one compressed cache serves all that come; it costs two to
 The best tokens of all heads of all layers stay, as in the paper, and the bytes are real: the heads of a layer share its
 slots, as with ``adakv``, at whose price in compute, and a layer has as many slots as its heads need. Their number depends on
 the text, so a step is compiled anew for every prompt; ``across="layer"`` gives all layers equally many, so that heads compete
-with those of their layer and shapes do not depend on the text. ``across="head"`` keeps equally many tokens of every head,
-costs no compute, goes with everything, and loses far more (benchmarks/results/evict_keys.md).
+with those of their layer and shapes do not depend on the text. ``across="head"`` keeps equally many tokens of every head: no
+price in compute, codecs of two streams and softcaps go with it, and far more is lost (benchmarks/results/evict_keys.md).
 
-Deviations: in a batch each layer's slots are the mean over its rows of what each would take, rows that fit whole apart. A
-layer keeps one slot per head at least. Protected tokens, the cache's sinks and tail, stay in every head and count into the
-budget. Later chunks follow the same instruction as the first.
+Deviations: the rows of a batch share the numbers of slots that their layers have, the mean over the rows of what each would
+take, so a row does not get quite what it gets alone; rows that fit whole do not count, and lose nothing. A layer has one slot
+per head at least. Protected tokens, the cache's sinks and tail, stay in every head and count into the budget. Later chunks
+follow the same instruction as the first.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class KVzip(Rereading):
     name: ClassVar[str] = "kvzip"
     instruction: ClassVar[str] = "Repeat the previous context exactly."
     preceding: ClassVar[int] = 8
-    apart: ClassVar[str] = "say across=head"
+    instead: ClassVar[str] = "say across=head"
     across: str = "model"
 
     def __post_init__(self):
@@ -72,19 +73,25 @@ class KVzip(Rereading):
         return jnp.where(pos < FIRST_TOKENS, 1.0, jnp.max(attention, axis=2))
 
     def counts(
-        self, scores: Sequence[Float[Array, "B K S"]], written: Int[np.ndarray, "B"], budget: int
+        self, scores: Sequence[Float[Array, "B K S"]], written: Int[np.ndarray, "L B"], budget: Int[np.ndarray, "L"]
     ) -> list[int] | list[Int[np.ndarray, "B K"]]:
         if self.across == "head":
             return super().counts(scores, written, budget)
-        every = np.stack([np.asarray(score) for score in scores], axis=1)  # [B, L, K, S]
-        every = [row[..., :count] for row, count in zip(every, written, strict=True)]
-        layers, heads = every[0].shape[:2]
-        each = np.full(layers, budget)
-        if self.across == "model":
-            long = [row for row, count in zip(every, written, strict=True) if count > budget]
-            needed = np.mean([best_counts(row, layers * heads * budget).sum(1) for row in long], axis=0)
-            each = whole_numbers(needed / heads, layers * budget)
-        return [np.stack([best_counts(row[i], heads * each[i]) for row in every]) for i in range(layers)]
+        rows = [[np.asarray(x)[b, :, :n] for x, n in zip(scores, count, strict=True)] for b, count in enumerate(written.T)]
+        heads, each = np.array([score.shape[1] for score in scores]), budget
+        fits = (written <= budget[:, None]).all(axis=0)
+        if self.across == "model" and not fits.all():
+            long = [row for row, whole in zip(rows, fits, strict=True) if not whole]
+            needed = np.mean([_best_of_layers(row, int(heads @ budget)) for row in long], axis=0) / heads
+            each = whole_numbers(needed, int(needed.sum() + 1e-6), np.where(fits, written, 1).max(axis=1))
+        return [np.stack([best_counts(row[i], heads[i] * n) for row in rows]) for i, n in enumerate(each)]
+
+
+def _best_of_layers(layers: Sequence[Float[np.ndarray, "K n"]], total: int) -> Int[np.ndarray, "L"]:
+    """How many of the ``total`` best scores each layer has."""
+    flat = np.concatenate([layer.ravel() for layer in layers])
+    best = np.argsort(-flat, kind="stable")[:total]
+    return np.bincount(np.repeat(np.arange(len(layers)), [layer.size for layer in layers])[best], minlength=len(layers))
 
 
 def best_counts(scores: Float[np.ndarray, "... n"], total: int) -> Int[np.ndarray, "..."]:
@@ -98,14 +105,14 @@ def best_counts(scores: Float[np.ndarray, "... n"], total: int) -> Int[np.ndarra
     return best.reshape(scores.shape).sum(-1)
 
 
-def whole_numbers(parts: Float[np.ndarray, "L"], total: int) -> Int[np.ndarray, "L"]:
-    """Whole numbers of the given sum, none below 1, near to ``parts`` of the same sum.
+def whole_numbers(parts: Float[np.ndarray, "L"], total: int, least: Int[np.ndarray, "L"]) -> Int[np.ndarray, "L"]:
+    """Whole numbers of the given sum, none below ``least``, near to ``parts`` of about the same sum.
 
-    >>> whole_numbers(np.array([2.6, 0.1, 3.3]), 6)
+    >>> whole_numbers(np.array([2.6, 0.1, 3.3]), 6, np.ones(3, int))
     array([2, 1, 3])
     """
-    found = np.maximum(np.floor(parts).astype(int), 1)
+    found = np.maximum(np.floor(parts).astype(int), least)
     while found.sum() != total:
         step = 1 if found.sum() < total else -1
-        found[np.argmax(step * (parts - found) - np.where((found == 1) & (step < 0), np.inf, 0))] += step
+        found[np.argmax(np.where((found > least) | (step > 0), step * (parts - found), -np.inf))] += step
     return found

@@ -24,7 +24,7 @@ from memjax.evict.evictor import Limited
 
 @dataclass(frozen=True)
 class Rereading(Limited):
-    """``budget`` tokens per kv head stay, on average over layers; ``fraction`` is one of the longest prompt."""
+    """``budget`` tokens per kv head stay, on average over layers and heads; ``fraction`` is one of the longest prompt."""
 
     name: ClassVar[str] = "rereading"
     joint: ClassVar[bool] = True
@@ -56,15 +56,16 @@ class Rereading(Limited):
         raise NotImplementedError
 
     def counts(
-        self, scores: Sequence[Float[Array, "B K S"]], written: Int[np.ndarray, "B"], budget: int
+        self, scores: Sequence[Float[Array, "B K S"]], written: Int[np.ndarray, "L B"], budget: Int[np.ndarray, "L"]
     ) -> list[int] | list[Int[np.ndarray, "B K"]]:
         """How many tokens each layer keeps per head, or each of its heads in each row, as ``evict`` takes it.
 
         Args:
-          written: tokens of each row, the largest number above ``budget``, which is the mean over layers.
+          scores, written, budget: of the layers that share a budget; how many tokens of each row have a score there, and how
+            many of them stay per head where layers and heads are treated alike.
         """
-        del written
-        return [budget] * len(scores)
+        del scores, written
+        return budget.tolist()
 
 
 def attention(

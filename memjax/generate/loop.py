@@ -1,6 +1,7 @@
 """Generation: chunked prefill, then one jitted loop that runs in blocks so that text can be shown as it comes.
 
 Both jitted functions compile once per (model, policy, batch, capacity, sampler) and donate the cache: it is updated in place.
+Where the prompt decides how many slots a layer has (``kvzip``, ``kvcompose``), the decode step is compiled for every prompt.
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ def stream(
     """Generates for a batch of prompts and yields, after every block of tokens, each row's new text.
 
     Args:
-      prompts: texts, or lists of token ids. They may differ in length; each gives what it would give alone.
+      prompts: texts, or lists of token ids. They may differ in length; each gives what it would give alone (but with
+        ``kvzip`` and ``kvcompose``, whose layers have one number of slots for all).
       policy: how the cache is made small, a policy or its string form.
       max_new_tokens: at most so many tokens per row.
       sampler: None: greedy.

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Sequence
 
@@ -74,22 +75,50 @@ def compress(
     method = rereading(cache) if method is None else method
     if method is None:
         raise ValueError("compress needs a method, KVzip(512) for instance, or a cache whose policy names one: kvzip(512)")
-    chosen, longest = _chosen(method, cache), max(map(len, prompts))
-    protected = cache[chosen[0]].layout.sinks + cache[chosen[0]].layout.kept
-    budget = _affordable(method, cache, chosen, protected, room) if method.bytes else method.tokens(longest)
-    if budget >= longest:
+    chosen, lengths = _chosen(method, cache), np.asarray([len(prompt) for prompt in prompts])
+    if nbytes(cache).device <= method.bytes or (not method.bytes and method.tokens(lengths.max()) >= lengths.max()):
         return cache
-    if budget <= protected:
-        raise ValueError(
-            f"{method.name}'s budget of {budget} tokens leaves none to choose besides the {protected} protected ones"
-        )
-    for i in chosen if method.shares_slots else ():
-        check_shared(cache[i].spec, cache[i].policy.codec, method.apart)
+    layers = [cache[i] for i in chosen]
+    protected = np.asarray([layer.layout.sinks + layer.layout.kept for layer in layers])
+    if not method.bytes:
+        _check_choice(method, method.tokens(lengths.max()), protected)
+    for layer in layers if method.shares_slots else ():
+        check_shared(layer.spec, layer.policy.codec, method.instead)
     found = scores(model, cache, prompts, method, chunk=chunk, instruction=instruction)
-    written = np.asarray([max(len(prompt) - protected, 0) for prompt in prompts])
-    counts = method.counts([found[i] for i in chosen], written, budget - protected)
-    smaller = dict(zip(chosen, counts, strict=True))
+    written = np.maximum(lengths - protected[:, None], 0)
+
+    def counts(budget: int) -> list[int] | list[np.ndarray]:
+        return method.counts([found[i] for i in chosen], written, budget - protected)
+
+    if method.bytes:
+        others = nbytes(cache).device - sum(nbytes(layer).history for layer in layers)
+        fits = lambda budget: others + _history_bytes(layers, counts(budget), room) <= method.bytes  # noqa: E731
+        low, high = int(protected.max()), int(lengths.max())  # the largest budget that fits lies between, or is ``high``
+        budget = high if fits(high) else low + bisect.bisect_left(range(low + 1, high), True, key=lambda n: not fits(n))
+        _check_choice(method, budget, protected)
+    else:
+        budget = method.tokens(lengths.max())
+    smaller = dict(zip(chosen, counts(budget), strict=True))
     return tuple(evict(layer, found[i], smaller[i], room) if i in smaller else layer for i, layer in enumerate(cache))
+
+
+def _check_choice(method: Rereading, budget: int, protected: np.ndarray) -> None:
+    if budget <= protected.max():
+        raise ValueError(
+            f"{method.name}'s budget of {budget} tokens leaves none to choose besides the {protected.max()} protected ones"
+        )
+
+
+def _history_bytes(layers: list[LayerCache], counts: list[int] | list[np.ndarray], room: int) -> float:
+    """What the histories will take with so many tokens."""
+    total = 0.0
+    for layer, count in zip(layers, counts, strict=True):
+        heads, shared = layer.spec.kv_heads, np.ndim(count) > 0
+        slots = -(-int(np.sum(count, axis=1).max()) // heads) if shared else count
+        # Positions come to what a slot holds, biases where tokens are folded, and owners where heads share slots.
+        more = 4 * (1 if layer.policy.fold is None else 2) + (shared and heads > 1)
+        total += (slots + room) * (nbytes(layer).history / layer.history.slots + more * layer.spec.batch * heads)
+    return total
 
 
 def _chosen(method: Rereading, cache: ModelCache) -> list[int]:
@@ -101,16 +130,6 @@ def _chosen(method: Rereading, cache: ModelCache) -> list[int]:
             "protect(4,64) or int8"
         )
     return found
-
-
-def _affordable(method: Rereading, cache: ModelCache, chosen: list[int], protected: int, room: int) -> int:
-    """Tokens per head within the method's limit in bytes of the whole cache."""
-    layers = [cache[i] for i in chosen]
-    history = sum(nbytes(layer).history for layer in layers)
-    # Positions come to what a slot holds, biases where tokens are folded, and owners where heads share slots.
-    more = 4 * (1 if layers[0].policy.fold is None else 2) + method.shares_slots
-    slot = sum(nbytes(layer).history / layer.history.slots + more * layer.spec.batch * layer.spec.kv_heads for layer in layers)
-    return protected + int((method.bytes - (nbytes(cache).device - history)) // slot) - room
 
 
 def scores(
