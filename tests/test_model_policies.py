@@ -44,7 +44,7 @@ BOUNDS = {  # of codecs: the largest relative error of logits that is allowed
     "turboquant(2,2)+protect(2,4)": 0.8,
 }
 EVICTORS = ("streaming(2,22)", "h2o(24)+protect(2,8)", "snapkv(24,window=4)+protect(2,4)", "tova(24)+protect(2,4)")
-EVICTORS += ("keydiff(24)+protect(2,4)",)
+EVICTORS += ("keydiff(24)+protect(2,4)", "adakv(24,window=4)+protect(2,4)")
 CHAINS = ("snapkv(24,window=4)+turboquant(4,4)+protect(2,4)", "h2o(24)+int4(rotate=true)+protect(2,4)")
 TIERS = ("host(16,8)", "int8+protect(2,4)+host(16,8)")
 BOUNDED = tuple(BOUNDS)
