@@ -173,6 +173,22 @@ def test_a_donated_cache_is_updated_in_place(text):
     np.testing.assert_allclose(out, result(text, "ones")[0][:, :1], atol=1e-6)
 
 
+@pytest.mark.parametrize("text", ["dense", "int4(rotate=true)+protect(4,8)", "streaming(4,4092)+int8+protect(4,8)"])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_step_writes_its_tokens_and_copies_no_history(text, tokens):
+    """The compiler's temporaries do not grow with the history."""
+    policy = mj.policy(text)
+    write = quick_jit(lambda cache, k, v: mj.commit(mj.update(cache, k, v)), donate_argnums=0)
+    _, k, v = (x[:, :tokens] for x in TEXT)
+    temporaries = []
+    for capacity in (4096, 8192):
+        cache = mj.abstract(policy, dataclasses.replace(SPEC, capacity=capacity))
+        analysis = write.lower(cache, k, v).compile().memory_analysis()
+        assert analysis.alias_size_in_bytes == mj.nbytes(cache).total
+        temporaries.append(analysis.temp_size_in_bytes)
+    assert temporaries[0] == temporaries[1] < mj.nbytes(cache).history / 16
+
+
 LONG = ["dense", "int4(rotate=true)+protect(4,8)", "streaming(4,4092)+int8+protect(4,8)", "kivi(2)", "zipcache"]
 LONG = [(each, 1) for each in (*LONG, "quest(512)+int8+protect(4,8)", "host(256)+int8")]
 LONG += [("dense", 7), ("host(256)+int8", 7)]

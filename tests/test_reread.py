@@ -15,11 +15,11 @@ PROMPTS = [[int(t) for t in np.random.default_rng(seed).integers(0, 60, size)] f
 LONGEST = 21 + len(INSTRUCTION) + 8 + CHUNK
 
 
-def read(model, policy: str, capacity: int = CAPACITY):
+def read(model, policy, capacity: int = CAPACITY):
     tokens = np.zeros((2, 21), np.int32)
     for row, prompt in zip(tokens, PROMPTS, strict=True):
         row[: len(prompt)] = prompt
-    cache = model.init_cache(mj.policy(policy), 2, capacity, "float32")
+    cache = model.init_cache(mj.policy(policy) if isinstance(policy, str) else policy, 2, capacity, "float32")
     return quick_jit(mj.prefill)(model.decoder, cache, tokens, jnp.asarray([21, 12], jnp.int32))[1]
 
 
@@ -134,12 +134,7 @@ def test_layers_may_protect_and_hold_different_numbers(tiny):
     """Their tokens compete all the same, with what each has to choose from."""
     for method in ("kvzip", "kvcompose"):
         policy = mj.protect_layers(mj.policy(f"{method}(9)+int8+protect({SINKS},{RECENT})"), 1)
-        cache = tiny.init_cache(policy, 2, CAPACITY, "float32")
-        tokens = np.zeros((2, 21), np.int32)
-        for row, prompt in zip(tokens, PROMPTS, strict=True):
-            row[: len(prompt)] = prompt
-        cache = quick_jit(mj.prefill)(tiny.decoder, cache, tokens, jnp.asarray([21, 12], jnp.int32))[1]
-        small = compress(tiny, cache, PROMPTS, room=3, chunk=CHUNK, instruction=INSTRUCTION)
+        small = compress(tiny, read(tiny, policy), PROMPTS, room=3, chunk=CHUNK, instruction=INSTRUCTION)
         protected = [layer.layout.sinks + layer.layout.kept for layer in small[:3]]
         assert len(set(protected)) > 1
         slots = [each.history.slots // (2 if each.shared else 1) - 3 for each in small[:3]]
@@ -256,11 +251,7 @@ def test_bytes_are_a_limit_where_layers_differ_in_codec(tiny, method):
     """Slots that go to a layer whose slots are dear count as much as they cost."""
     plain, coded = (mj.policy(f"{method}(9){codec}+protect({SINKS},{RECENT})") for codec in ("", "+int4"))
     policy = mj.per_layer(coded, {0: plain})
-    cache = tiny.init_cache(policy, 2, CAPACITY, "float32")
-    tokens = np.zeros((2, 21), np.int32)
-    for row, prompt in zip(tokens, PROMPTS, strict=True):
-        row[: len(prompt)] = prompt
-    cache = quick_jit(mj.prefill)(tiny.decoder, cache, tokens, jnp.asarray([21, 12], jnp.int32))[1]
+    cache = read(tiny, policy)
     options = {"room": 2, "chunk": CHUNK, "instruction": INSTRUCTION}
     kind = {"kvzip": KVzip, "kvcompose": KVCompose}[method]
     sizes = [mj.nbytes(compress(tiny, cache, PROMPTS, kind(n), **options)).device for n in (8, 12)]

@@ -16,7 +16,7 @@ from memjax.cache.encode import fitted
 from memjax.cache.layer import LayerCache, leaving_count, staged_positions, written_after
 from memjax.cache.pools import HeadPools
 from memjax.cache.segment import Segment, bare
-from memjax.cache.share import heads_apart, shared_queries
+from memjax.cache.share import heads_apart, shared_queries, slots_per_head
 from memjax.cache.slots import order_in_ring
 from memjax.evict.expected_attention import SKIPPED, add_queries
 from memjax.evict.observer import Look
@@ -167,9 +167,7 @@ def _overflowed(cache: LayerCache) -> Array:
     """Rows in which a token, committed or staged, finds no slot."""
     if cache.layout.ring:
         return jnp.zeros_like(cache.length, bool)
-    slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
-    slots //= cache.spec.kv_heads if cache.shared else 1
-    slots = max(slots, cache.layout.slots if cache.host else 0)
+    slots = max(slots_per_head(cache), cache.layout.slots if cache.host else 0)
     if cache.history is not None and cache.history.pos is None:  # the last page may be longer than the capacity asks for
         place = cache.layout
         slots -= max(place.sinks + place.kept + place.slots - cache.spec.capacity, 0)

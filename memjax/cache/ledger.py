@@ -16,6 +16,7 @@ from memjax.cache.layout import layout
 from memjax.cache.policy import AnyLayerCache, CachePolicy, ModelCache, Policy, layer_policies
 from memjax.cache.pools import HeadPools, pools_of
 from memjax.cache.recurrent import RecurrentCache
+from memjax.cache.share import slots_per_head
 from memjax.cache.spec import CacheSpec, LayerSpec, RecurrentSpec
 from memjax.quantize.codec import Dense, KeyValueCodec
 
@@ -75,9 +76,7 @@ def nbytes(cache: AnyLayerCache | ModelCache) -> Bytes:
         (cache.length, cache.written, cache.staged_count, cache.staged_weight, cache.refined, cache.moments)
     )
     device, host, basis = _size((cache.history, cache.rest, cache.bounds)), _size(cache.host), _size(cache.basis)
-    slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
-    slots //= cache.spec.kv_heads if cache.shared else 1
-    slots += 0 if cache.host is None else cache.layout.host_slots
+    slots = slots_per_head(cache) + (0 if cache.host is None else cache.layout.host_slots)
     return Bytes(
         device=windows + basis + counters + device,
         host=host,

@@ -24,6 +24,7 @@ from memjax.pallas_kernels.codes import Codes, dense
 from memjax.pallas_kernels.slots import FREE
 
 if TYPE_CHECKING:
+    from memjax.cache.layer import LayerCache
     from memjax.cache.segment import Segment
     from memjax.quantize.codec import KeyValueCodec
 
@@ -72,6 +73,12 @@ def append(history: Segment, new: Segment, written: Int[Array, "B"], count: Int[
     """A pool with new tokens of all heads, leaves [B, K, .., T], ``count`` of each row, behind ``written`` slots per head."""
     heads = new.pos.shape[1]
     return write(history, side_by_side(new), written * heads, count * heads)
+
+
+def slots_per_head(cache: LayerCache) -> int:
+    """Slots of the history on the device for each kv head, on average where heads share them."""
+    slots = sum(part.slots for part in (cache.history, cache.rest) if part is not None)
+    return slots // cache.spec.kv_heads if cache.shared else slots
 
 
 def check_shared(spec: CacheSpec, codec: KeyValueCodec, remedy: str) -> None:

@@ -271,6 +271,7 @@ def evaluate_eviction(
     head |= {"continuation": evaluation.continuation, "depths": list(evaluation.depths)}
     head |= circumstances(model, evaluation.cache_dtype, evaluation.continuation)
     measured = {} if known is None else _measured(known, head)
+    begin -= 0.0 if known is None else known.get("seconds", 0.0)
     batch = evaluation.batch(model)
     specs = model.decoder.cache_specs(len(batch.reads), batch.capacity, evaluation.cache_dtype)
     for _, _, policy in evaluation.jobs():
@@ -285,8 +286,7 @@ def evaluate_eviction(
             row = {"name": name, "fraction": fraction, "budget": evaluation.budget(fraction)}
             row |= _row(wanted, reader.run(policy, evaluation.cache_dtype), batch, specs)
         rows.append(row)
-        seconds = time.perf_counter() - begin + (0.0 if known is None else known.get("seconds", 0.0))
-        result = head | {"rows": rows + list(measured.values()), "seconds": seconds}
+        result = head | {"rows": rows + list(measured.values()), "seconds": time.perf_counter() - begin}
         if keep is not None:
             keep(result)
         tell(f"{name}, {fraction:g} kept")

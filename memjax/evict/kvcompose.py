@@ -38,10 +38,10 @@ class KVCompose(Rereading):
         return own + jnp.mean(own, axis=1, keepdims=True)
 
     def counts(
-        self, scores: Sequence[Float[Array, "B K S"]], written: Int[np.ndarray, "L B"], budget: Int[np.ndarray, "L"]
+        self, scores: Sequence[Float[np.ndarray, "B K S"]], written: Int[np.ndarray, "L B"], budget: Int[np.ndarray, "L"]
     ) -> list[int]:
         composite = np.zeros((len(scores), written.max()))
         for row, score, count in zip(composite, scores, written.max(axis=1), strict=True):
-            row[:count] = -jnp.sort(-score, axis=-1).mean((0, 1))[:count]
+            row[:count] = -np.sort(-score, axis=-1).mean((0, 1))[:count]
         composite[0] = composite.max(axis=0)
         return composite_counts(composite, int(budget.sum()))

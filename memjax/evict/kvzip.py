@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from memjax.evict.rereading import Rereading
+from memjax.evict.rereading import Rereading, best_counts
 
 FIRST_TOKENS = 4
 ACROSS = ("model", "layer", "head")
@@ -73,36 +73,18 @@ class KVzip(Rereading):
         return jnp.where(pos < FIRST_TOKENS, 1.0, jnp.max(attention, axis=2))
 
     def counts(
-        self, scores: Sequence[Float[Array, "B K S"]], written: Int[np.ndarray, "L B"], budget: Int[np.ndarray, "L"]
+        self, scores: Sequence[Float[np.ndarray, "B K S"]], written: Int[np.ndarray, "L B"], budget: Int[np.ndarray, "L"]
     ) -> list[int] | list[Int[np.ndarray, "B K"]]:
         if self.across == "head":
             return super().counts(scores, written, budget)
-        rows = [[np.asarray(x)[b, :, :n] for x, n in zip(scores, count, strict=True)] for b, count in enumerate(written.T)]
+        rows = [[x[b, :, :n] for x, n in zip(scores, count, strict=True)] for b, count in enumerate(written.T)]
         heads, each = np.array([score.shape[1] for score in scores]), budget
         fits = (written <= budget[:, None]).all(axis=0)
         if self.across == "model" and not fits.all():
             long = [row for row, whole in zip(rows, fits, strict=True) if not whole]
-            needed = np.mean([_best_of_layers(row, int(heads @ budget)) for row in long], axis=0) / heads
+            needed = np.mean([best_counts(row, int(heads @ budget)) for row in long], axis=0) / heads
             each = whole_numbers(needed, int(needed.sum() + 1e-6), np.where(fits, written, 1).max(axis=1))
         return [np.stack([best_counts(row[i], heads[i] * n) for row in rows]) for i, n in enumerate(each)]
-
-
-def _best_of_layers(layers: Sequence[Float[np.ndarray, "K n"]], total: int) -> Int[np.ndarray, "L"]:
-    """How many of the ``total`` best scores each layer has."""
-    flat = np.concatenate([layer.ravel() for layer in layers])
-    best = np.argsort(-flat, kind="stable")[:total]
-    return np.bincount(np.repeat(np.arange(len(layers)), [layer.size for layer in layers])[best], minlength=len(layers))
-
-
-def best_counts(scores: Float[np.ndarray, "... n"], total: int) -> Int[np.ndarray, "..."]:
-    """How many of the ``total`` best scores each row has; of equal ones the first count.
-
-    >>> best_counts(np.array([[9.0, 4.0, 1.0], [5.0, 2.0, 0.0]]), 3)
-    array([2, 1])
-    """
-    best = np.zeros(scores.size, bool)
-    best[np.argsort(-scores, axis=None, kind="stable")[:total]] = True
-    return best.reshape(scores.shape).sum(-1)
 
 
 def whole_numbers(parts: Float[np.ndarray, "L"], total: int, least: Int[np.ndarray, "L"]) -> Int[np.ndarray, "L"]:

@@ -56,7 +56,7 @@ class Rereading(Limited):
         raise NotImplementedError
 
     def counts(
-        self, scores: Sequence[Float[Array, "B K S"]], written: Int[np.ndarray, "L B"], budget: Int[np.ndarray, "L"]
+        self, scores: Sequence[Float[np.ndarray, "B K S"]], written: Int[np.ndarray, "L B"], budget: Int[np.ndarray, "L"]
     ) -> list[int] | list[Int[np.ndarray, "B K"]]:
         """How many tokens each layer keeps per head, or each of its heads in each row, as ``evict`` takes it.
 
@@ -100,6 +100,14 @@ def composite_counts(composite: Float[np.ndarray, "L S"], total: int) -> list[in
     >>> composite_counts(np.array([[9.0, 4.0, 1.0], [5.0, 2.0, 0.0]]), 4)
     [2, 2]
     """
-    order = np.argsort(-composite, axis=None, kind="stable")[:total]
-    counts = np.bincount(order // composite.shape[1], minlength=composite.shape[0])
-    return np.maximum(counts, 1).tolist()
+    return np.maximum(best_counts(composite, total), 1).tolist()
+
+
+def best_counts(rows: Sequence[Float[np.ndarray, "..."]], total: int) -> Int[np.ndarray, "R"]:
+    """How many of the ``total`` best entries of all rows, which may differ in shape, each has; of equal ones the first count.
+
+    >>> best_counts([np.array([9.0, 4.0, 1.0]), np.array([5.0, 2.0])], 3)
+    array([2, 1])
+    """
+    best = np.argsort(-np.concatenate([row.ravel() for row in rows]), kind="stable")[:total]
+    return np.bincount(np.repeat(np.arange(len(rows)), [row.size for row in rows])[best], minlength=len(rows))

@@ -75,29 +75,26 @@ def compress(
     method = rereading(cache) if method is None else method
     if method is None:
         raise ValueError("compress needs a method, KVzip(512) for instance, or a cache whose policy names one: kvzip(512)")
-    chosen, lengths = _chosen(method, cache), np.asarray([len(prompt) for prompt in prompts])
-    if nbytes(cache).device <= method.bytes or (not method.bytes and method.tokens(lengths.max()) >= lengths.max()):
+    chosen, longest = _chosen(method, cache), max(map(len, prompts))
+    budget = longest if method.bytes else method.tokens(longest)
+    whole = nbytes(cache).device <= method.bytes if method.bytes else budget >= longest
+    if whole:
         return cache
     layers = [cache[i] for i in chosen]
     protected = np.asarray([layer.layout.sinks + layer.layout.kept for layer in layers])
-    if not method.bytes:
-        _check_choice(method, method.tokens(lengths.max()), protected)
+    _check_choice(method, budget, protected)
     for layer in layers if method.shares_slots else ():
         check_shared(layer.spec, layer.policy.codec, method.instead)
     found = scores(model, cache, prompts, method, chunk=chunk, instruction=instruction)
-    written = np.maximum(lengths - protected[:, None], 0)
-
-    def counts(budget: int) -> list[int] | list[np.ndarray]:
-        return method.counts([found[i] for i in chosen], written, budget - protected)
-
+    written = np.maximum(np.asarray([len(prompt) for prompt in prompts]) - protected[:, None], 0)
+    judged = [np.asarray(found[i]) for i in chosen]
+    counts = lambda budget: method.counts(judged, written, budget - protected)  # noqa: E731
     if method.bytes:
         others = nbytes(cache).device - sum(nbytes(layer).history for layer in layers)
         fits = lambda budget: others + _history_bytes(layers, counts(budget), room) <= method.bytes  # noqa: E731
-        low, high = int(protected.max()), int(lengths.max())  # the largest budget that fits lies between, or is ``high``
-        budget = high if fits(high) else low + bisect.bisect_left(range(low + 1, high), True, key=lambda n: not fits(n))
+        low = int(protected.max())  # the largest budget that fits lies between this and the longest prompt
+        budget = low + bisect.bisect_left(range(low + 1, longest + 1), True, key=lambda n: not fits(n))
         _check_choice(method, budget, protected)
-    else:
-        budget = method.tokens(lengths.max())
     smaller = dict(zip(chosen, counts(budget), strict=True))
     return tuple(evict(layer, found[i], smaller[i], room) if i in smaller else layer for i, layer in enumerate(cache))
 
