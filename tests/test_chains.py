@@ -138,7 +138,7 @@ def test_chains_run(run):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), cache) == before
     assert mj.nbytes(cache) == mj.predict_nbytes(policy, SPEC)
     assert np.asarray(commit(cache).length).tolist() == [48] * BATCH
-    if cache.layout.judge is not None and not cache.layout.shared:
+    if cache.layout.judge is not None and not cache.layout.competing:
         held = np.asarray(cache.history.pos)
         assert (held >= 0).sum(-1).tolist() == [[cache.layout.slots] * HEADS] * BATCH
         assert all(len(set(each)) == cache.layout.slots for row in held for each in row.tolist())

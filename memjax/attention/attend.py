@@ -29,7 +29,8 @@ from memjax.pallas_kernels.slots import positions as as_array
 from memjax.quantize.codec import CodePair
 from memjax.quantize.front import centre_term, prepare_queries, restore_outputs
 
-LOOKED_AT = 64  # queries whose logits over the whole cache exist at once, for scores
+LOOKED_AT = 64  # queries whose logits over the whole cache exist at once, for scores, at most
+LOGITS = 1 << 22  # of these, if that leaves a matrix product 64 rows
 DECODE_TOKENS = 8  # with more new tokens than these, kernels work on blocks of query rows
 
 
@@ -146,14 +147,24 @@ def _observed(reader: Reader, q: Array, out: Array, lse: Array) -> LayerCache:
         decay, weights = observer.weights(index, cache.staged_count)
         return decay, again.seen(*(_of_tokens(x, kept, reader.groups) for x in (out, lse)), weights)
 
-    def step(found: dict[str, Array], i: Array) -> tuple[dict[str, Array], None]:
-        return jax.tree.map(jnp.add, found, look(i * LOOKED_AT, LOOKED_AT)[1]), None
+    block = looked_at(cache, q.shape[2])
 
-    whole, rest = divmod(rows, LOOKED_AT)
-    decay, found = look(whole * LOOKED_AT, rest) if rest else look(0, LOOKED_AT)
+    def step(found: dict[str, Array], i: Array) -> tuple[dict[str, Array], None]:
+        return jax.tree.map(jnp.add, found, look(i * block, block)[1]), None
+
+    whole, rest = divmod(rows, block)
+    decay, found = look(whole * block, rest) if rest else look(0, block)
     if others := range(0 if rest else 1, whole):
         found, _ = jax.lax.scan(step, found, jnp.asarray(others, jnp.int32))
     return reader.scored(decay, found)
+
+
+def looked_at(cache: LayerCache, heads: int) -> int:
+    """Queries, of so many heads each, whose logits over the whole cache may exist at once: a power of two."""
+    slots = sum(part.slots for part in (cache.sinks, cache.history, cache.tail, cache.staged) if part is not None)
+    rows = heads if cache.shared else heads // cache.spec.kv_heads
+    most = max(LOGITS // (cache.spec.batch * heads * slots), 64 // rows, 1)
+    return min(1 << most.bit_length() - 1, LOOKED_AT)
 
 
 def _of_tokens(x: Array, index: Int[Array, "B n"], groups: int) -> Array:
@@ -341,6 +352,8 @@ class Reader:
     def history_parts(self, others: list):
         """The coded history, in the codec's basis, and the older part of it in host memory; ``others``: parts found before."""
         cache, coded, basis = self.cache, self.spec.coded_dim, self.cache.basis
+        if others and self.in_blocks:  # else the scores of both exist at once
+            self.q, _ = jax.lax.optimization_barrier((self.q, others))
         keys, values = fitted(cache.policy.codec, basis)
         centre = centre_term(basis, self.q[..., :coded], self.spec)
         prepared = keys.into_basis(prepare_queries(basis, self.q[..., :coded]))

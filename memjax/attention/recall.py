@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from memjax.attention.attend import LOOKED_AT, Reader, history_positions, sink_positions, tail_positions
+from memjax.attention.attend import Reader, history_positions, looked_at, sink_positions, tail_positions
 from memjax.cache.layer import LayerCache, staged_positions
 from memjax.evict.rereading import Rereading, attention
 from memjax.pallas_kernels.merge import merge
@@ -33,7 +33,7 @@ def recalled(
     batch, tokens, heads, _ = q.shape
     at = staged_positions(cache, tokens)
     at = jnp.where(at - cache.length[:, None] < cache.staged_count[:, None], at, FREE)
-    block = min(LOOKED_AT, tokens)
+    block = min(looked_at(cache, heads), tokens)
     padding = -tokens % block
     q, at = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))), jnp.pad(at, ((0, 0), (0, padding)), constant_values=FREE)
     k_pos, others = positions(history_positions(cache), cache.history.slots), _recent_positions(cache)

@@ -147,7 +147,7 @@ def init_layer(policy: CachePolicy, spec: CacheSpec, layer: int = 0, part: Part 
     host = segment(place.host_slots, codec)
     return LayerCache(
         sinks=segment(place.sinks, Dense()),
-        history=segment(place.resident - place.rest, codec, place.placed, scored, place.folds, place.shared),
+        history=segment(place.resident - place.rest, codec, place.placed, scored, place.folds, place.competing),
         rest=segment(place.rest, codec.rest, place.placed) if place.rest else None,
         host=None if host is None else pool.store(host, policy.tier.page),
         tail=segment(place.tail, Dense(), scored=place.observer is not None),
@@ -424,7 +424,7 @@ def _admitted(cache: LayerCache, stored: Segment, exact: Segment, position: Arra
 
     end = _end(cache)
     alive = jnp.zeros_like(end) if spec.window is None else end - spec.window + 1
-    if place.shared:
+    if place.competing:
         return admit_shared(history, new, judge, end, alive)
 
     def keys() -> Array:

@@ -41,7 +41,7 @@ class Layout:
       observer: whose attention gives scores to tokens; None: nobody's.
       page: slots of the history that are read together by who reads some pages only.
       chosen: pages that a decode step reads per kv head; 0: it reads all of the history.
-      shared: the kv heads share one history from the start, ``slots`` of it for each on average.
+      competing: the kv heads compete for one history from the start, ``slots`` of it for each on average.
     """
 
     sinks: int
@@ -61,7 +61,7 @@ class Layout:
     observer: Observer | None
     page: int
     chosen: int
-    shared: bool
+    competing: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -108,5 +108,5 @@ def layout(policy: CachePolicy, spec: CacheSpec) -> Layout:
         observer=policy.codec.observer if judge is None else judge.observer,
         page=page,
         chosen=chosen,
-        shared=isinstance(judge, AdaKV) and spec.kv_heads > 1,
+        competing=isinstance(judge, AdaKV) and spec.kv_heads > 1,
     )

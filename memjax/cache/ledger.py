@@ -113,7 +113,7 @@ def _predict_attention(policy: CachePolicy, spec: CacheSpec) -> Bytes:
     device = round((place.resident - place.rest) * slot_bytes(policy.codec))
     device += round(place.rest * slot_bytes(policy.codec.rest)) if place.rest else 0
     device += 4 * vectors * place.resident * (place.placed + (place.judge is not None and place.judge.scored) + place.folds)
-    device += vectors * place.resident * place.shared
+    device += vectors * place.resident * place.competing
     if place.chosen:
         device += 2 * vectors * place.slots // place.page * spec.head_dim * jnp.dtype(spec.dtype).itemsize
     host = round(place.host_slots * slot_bytes(policy.codec))

@@ -82,12 +82,12 @@ def decode_xla(
         out, lse, scores = part(i * block, block)
         return merge([carry, (out, lse)]), scores if keep else None
 
-    *carry, first = part(0, block)
-    carry, others = jax.lax.scan(scanned, tuple(carry), jnp.arange(1, whole))
-    pieces = [first]
-    if keep:
-        pieces.append(jnp.moveaxis(others, 0, -2).reshape(*first.shape[:-1], -1))
+    rows, width = q.shape[:3], (k if v is None else v).dim
+    nothing = jnp.zeros((*rows, width), jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32)
+    carry, blocks = jax.lax.scan(scanned, nothing, jnp.arange(whole))
+    pieces = [jnp.moveaxis(blocks, 0, -2).reshape(*rows, -1)] if keep else []
     if rest:
+        carry, q = jax.lax.optimization_barrier((carry, q))  # else its scores would exist beside those of a whole block
         out, lse, last = part(whole * block, rest)
         carry = merge([carry, (out, lse)])
         pieces.append(last)
