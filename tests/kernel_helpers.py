@@ -219,6 +219,10 @@ CASES = {
     "pages with centre and positions": Case(page=128, slots=300, centre=8, scattered=True, shared=True),
     "sixteen heads": Case(heads=16, rows=1, batch=1, slots=130, lengths=(130,)),
 }
+# Interpreting many pages takes a TPU kernel long; the fast run has pages of each size, of codes in tiles and with positions.
+LONG = ("pages of 64, several heads", "pages of 32 of KIVI", "pages of 32 of sparse", "pages of 32 with centre")
+LONG = (*LONG, "pages of sparse", "pages of KVarN", "pages with positions", "pages with centre", "latent in pages of 64")
+LONG = (*LONG, "pages with centre and positions", "pages of 256 in blocks of 512", "KVarN, 5 heads of 40 rows")
 
 
 def check(found, expected, bound):

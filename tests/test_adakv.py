@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_helpers import BATCH, CAPACITY, DIM, GROUPS, HEADS, SPEC, TOKENS, TRACES, qkv, quick_jit, run, step
+from cache_helpers import BATCH, CAPACITY, DIM, GROUPS, HEADS, SPEC, TOKENS, TRACES, qkv, quick_jit, run, slow_but, step
 from test_evict import BUDGET, KEPT, RECENT, SINKS, WINDOWS, neighbours, reference_heads, window_of
 
 import memjax as mj
@@ -97,7 +97,7 @@ def test_the_bytes_are_snapkvs_and_one_per_slot():
     assert not cache.policy.simulated()
 
 
-@pytest.mark.parametrize("codec", ["", "+turboquant(4,4)"])
+@pytest.mark.parametrize("codec", slow_but(["+turboquant(4,4)"], ["", "+turboquant(4,4)"]))
 def test_alpha_one_is_snapkv(codec):
     """Token for token, and what attention gives, through codes whose centre differs from head to head, too."""
     for cut in ("sevens", "ones"):

@@ -129,13 +129,13 @@ def test_nan_is_an_error_and_not_a_token(tiny):
         mj.generate(dataclasses.replace(tiny, decoder=broken), [PROMPTS[0]], max_new_tokens=4)
 
 
-def test_the_real_model_knows_japan_through_every_cache(smollm2):
+@pytest.mark.parametrize("policy", slow_but(["dense"], ["dense", "int4(rotate=true)+protect(4,8)"]))
+def test_the_real_model_knows_japan(smollm2, policy):
     chat = mj.render_chat(smollm2.tokenizer, [{"role": "user", "content": "What is the capital of Japan?"}])
     ids = smollm2.tokenizer.encode(chat, add_bos=False)
-    for policy in ("dense", "int4(rotate=true)+protect(4,8)"):
-        found = mj.generate(smollm2, ids, policy=policy, max_new_tokens=12)[0]
-        assert "Tokyo" in found.text
-        assert found.finish_reason == "stop"
+    found = mj.generate(smollm2, ids, policy=policy, max_new_tokens=12)[0]
+    assert "Tokyo" in found.text
+    assert found.finish_reason == "stop"
 
 
 def test_text_streams_and_stop_strings_end_it(smollm2):
