@@ -133,15 +133,16 @@ def report(result: dict) -> str:
         "",
         "## Bytes of the step that reads a chunk",
         "",
-        "MiB. Cache: the ledger's. Arguments: cache, queries, keys and values. Temporaries: what the compiler for this device "
-        "needs besides.",
+        "MiB. Cache: the ledger's. Temporaries: what the compiler for this device needs besides the cache, queries, keys and "
+        "values. Peak: all of these.",
         "",
-        "| policy |" + "".join(f" {_case(*case)}: cache | arguments | temporaries |" for case in cases),
+        "| policy |" + "".join(f" {_case(*case)}: cache | temporaries | peak |" for case in cases),
         "|---|" + "--:|--:|--:|" * len(cases),
     ]
     for text in dict.fromkeys(row["policy"] for row in result["memory"]):
         own = [row for row in result["memory"] if row["policy"] == text]
-        cells = [f"{row[key] / 2**20:,.1f}" for row in own for key in ("ledger", "arguments", "temporaries")]
+        sizes = [(row["ledger"], row["temporaries"], row["arguments"] + row["temporaries"]) for row in own]
+        cells = [f"{size / 2**20:,.1f}" for row in sizes for size in row]
         lines.append(f"| {name(text)} | {' | '.join(cells)} |")
     titles = {"prefill_ms": f"Reading a chunk of {CHUNK} tokens, eviction included", "decode_ms": "A decode step"}
     for key, title in titles.items() if result["times"] else ():

@@ -30,7 +30,7 @@ from memjax.quantize.codec import CodePair
 from memjax.quantize.front import centre_term, prepare_queries, restore_outputs
 
 LOOKED_AT = 64  # queries whose logits over the whole cache exist at once, for scores, at most
-LOGITS = 1 << 22  # of these, if that leaves a matrix product 64 rows
+LOGITS = 1 << 22  # so many of their logits, unless that leaves a matrix product fewer than 64 rows
 DECODE_TOKENS = 8  # with more new tokens than these, kernels work on blocks of query rows
 
 
