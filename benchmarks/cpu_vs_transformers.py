@@ -162,6 +162,7 @@ def write_checkpoint(folder: Path) -> None:
     from memjax.models.source import expected_tensors
 
     config, source, _ = open_gguf(gguf_path())
+    attention, mlp = config.blocks[0].mixer, config.blocks[0].mlp
     tensors = {name: np.ascontiguousarray(source.read(name), np.float32) for name in expected_tensors(config)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     described = {
@@ -169,14 +170,14 @@ def write_checkpoint(folder: Path) -> None:
         "model_type": "llama",
         "vocab_size": config.vocab,
         "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
+        "intermediate_size": mlp.width,
         "num_hidden_layers": config.layers,
-        "num_attention_heads": config.q_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        "num_attention_heads": attention.q_heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_position,
-        "rope_theta": config.ropes[0].theta,
+        "rope_theta": attention.rope.theta,
         "tie_word_embeddings": config.tied,
         "hidden_act": "silu",
         "bos_token_id": config.bos_id,

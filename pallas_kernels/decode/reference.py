@@ -35,8 +35,9 @@ def centre_scores(centre: Centre, k_pos: Int[Array, "B 1|K S"]) -> Float[Array, 
     """The term of every slot."""
     angle = k_pos.astype(jnp.float32)[:, :, None, :] * jnp.asarray(centre.inv_freq, jnp.float32)[:, None]
     features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-2)
-    features = jnp.broadcast_to(features, (*centre.weights.shape[:2], *features.shape[2:]))
-    return jnp.einsum("bkmf,bkfs->bkms", centre.weights, features, precision=jax.lax.Precision.HIGHEST)
+    shared = features.shape[1] == 1  # by the heads: broadcast, XLA would compute them for each
+    features, heads = (features[:, 0], "") if shared else (features, "k")
+    return jnp.einsum(f"bkmf,b{heads}fs->bkms", centre.weights, features, precision=jax.lax.Precision.HIGHEST)
 
 
 def gather_pages[Tree](pool: Tree, table: Int[Array, "B n"], parts: int = 1) -> Tree:
