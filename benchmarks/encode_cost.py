@@ -5,9 +5,9 @@
 One layer in the shape of Llama-3-8B's (8 kv heads of 128 channels, 32 query heads), a batch of one, a cache that is full but
 for a few tokens, so that every step encodes the token that leaves the recent window. Timed apart and in turn: ``update`` and
 ``commit`` with one token (rotary embedding, staging, encoding, writing), the same for a dense cache, and ``attend``. The
-difference of the first two is the cost of the codec. Queries, keys and values are bfloat16, on a CPU, which only emulates
-that, float32. Codecs in tiles encode 32 or 128 tokens at once, when a tile is full:
+difference of the first two is the cost of the codec. Codecs in tiles encode 32 or 128 tokens at once, when a tile is full:
 their cost is that of the whole tile, divided by its tokens. Each is one compiled program that runs ``STEPS`` steps in turn.
+Queries, keys and values are bfloat16; on a CPU, which only emulates that, float32.
 
 Writes results/encode_cost.json and .md beside this file.
 """
